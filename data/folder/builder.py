@@ -1,0 +1,159 @@
+"""Any folder of radiographs with a CSV as a TFDS builder: how one brings own data.
+
+The CSV has the columns `image` (path, relative to the CSV) and `findings`, and optionally `indication`, `impression`,
+`patient`, `study`, `view`, `split` (train, validation, test), `id` and `source`. Other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from data import records
+from rad_jax import images
+from rad_jax.errors import UserError
+
+REQUIRED = ("image", "findings")
+_HELD_OUT = 0.1  # share of the patients in validation, and in test, where the CSV names no splits
+
+Row = dict[str, str]
+
+
+def find_csv(source: Path) -> Path:
+    """The CSV that `source` is or holds.
+
+    Raises:
+        UserError: there is none, or several and none of them is `reports.csv`.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UserError(f"{source}: no such file or folder: --source is a folder with images and a CSV, or the CSV.")
+    found = sorted(p for p in source.iterdir() if p.suffix.lower() == ".csv")
+    preferred = [p for p in found if p.name == "reports.csv"] or found
+    if len(preferred) == 1:
+        return preferred[0]
+    if not found:
+        raise UserError(f"{source}: no CSV in this folder: add one with the columns {' and '.join(REQUIRED)}.")
+    names = ", ".join(p.name for p in found)
+    raise UserError(f"{source}: several CSVs ({names}): name one of them reports.csv, or give it as --source.")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of the CSV, every value stripped, with `id`, `patient`, `study` filled in and ids unique.
+
+    Raises:
+        UserError: the file is no CSV in UTF-8, or lacks a column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [c.strip() for c in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            missing = [c for c in REQUIRED if c not in columns]
+            if missing:
+                raise UserError(
+                    f"{path}: missing column {' and '.join(map(repr, missing))}; found {', '.join(columns) or 'none'}: "
+                    "rename or add it."
+                )
+            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV in UTF-8 ({error}): save it as one.") from error
+    used: set[str] = set()
+    for row in rows:
+        name = row.get("id") or Path(row["image"]).stem or "row"
+        row["study"] = row.get("study") or name
+        row["patient"] = row.get("patient") or row["study"]
+        # One film may carry several reports; its rows are told apart by a number.
+        row["id"] = next(i for n in itertools.count(1) if (i := name if n == 1 else f"{name}~{n}") not in used)
+        used.add(row["id"])
+    return rows
+
+
+def assign_splits(rows: list[Row], path: Path) -> dict[str, list[Row]]:
+    """Split -> rows: by the column `split` if there is one, else by patient.
+
+    Without the column the patients are ordered by a hash of their name and a tenth each, at least one, goes to test and
+    to validation; fewer than three patients all go to train.
+
+    Raises:
+        UserError: an unknown split, or a patient in two splits.
+    """
+    if any("split" in row for row in rows):
+        of: dict[str, str] = {}
+        names = {"val": "validation", "valid": "validation", "dev": "validation"} | {s: s for s in records.SPLITS}
+        for row in rows:
+            split = names.get(row.get("split", "").lower())
+            if split is None:
+                known = ", ".join(records.SPLITS)
+                raise UserError(f"{path}: row {row['id']}: unknown split {row.get('split', '')!r}: use {known}.")
+            if of.setdefault(row["patient"], split) != split:
+                raise UserError(f"{path}: row {row['id']}: its patient is in two splits: keep each patient in one.")
+    else:
+        patients = sorted({row["patient"] for row in rows}, key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+        held_out = max(1, round(_HELD_OUT * len(patients))) if len(patients) >= 3 else 0
+        order = ["test"] * held_out + ["validation"] * held_out
+        of = dict(zip(patients, order + ["train"] * (len(patients) - len(order)), strict=True))
+    return {split: [row for row in rows if of[row["patient"]] == split] for split in records.SPLITS}
+
+
+def make(row: Row, folder: Path, size: int) -> dict[str, Any] | records.Skip:
+    """One record, or why there is none."""
+    try:
+        film = images.load_grey(folder / row["image"])
+    except UserError:
+        return records.Skip(row["id"], row["image"], "unreadable image")
+    small = images.resize_short(film, size)
+    view = row.get("view", "")
+    return records.record(
+        image=images.encode_png(small),
+        id=row["id"],
+        patient=row["patient"],
+        study=row["study"],
+        view="LATERAL" if "lateral" in view.lower() else view,
+        indication=row.get("indication", ""),
+        findings=row["findings"],
+        impression=row.get("impression", ""),
+        source=row.get("source", ""),
+        shape=film.shape,
+    )
+
+
+class Folder(records.CorpusBuilder):
+    """The user's own images and reports."""
+
+    name = "folder"
+
+    def __init__(self, *, source: str | Path, image_size: int, **kwargs: Any):
+        """Args: source: the CSV, or a folder that holds it; image_size: pixels of the stored images' short side."""
+        self.csv, self.image_size = find_csv(Path(source)), image_size
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Radiographs and reports from a folder with a CSV.",
+            features=records.features(),
+        )
+
+    def jobs(self) -> dict[str, list[Row]]:
+        usable = []
+        for row in read_rows(self.csv):
+            reason = "" if row["findings"] else "empty findings"
+            if not reason and not (row["image"] and (self.csv.parent / row["image"]).is_file()):
+                reason = "missing image"
+            if reason:
+                self.skipped.append(records.Skip(row["id"], row["image"], reason))
+            else:
+                usable.append(row)
+        return assign_splits(usable, self.csv)
+
+    def maker(self) -> Callable[[Row], dict[str, Any] | records.Skip]:
+        return functools.partial(make, folder=self.csv.parent, size=self.image_size)

@@ -1,0 +1,253 @@
+"""Packs a corpus: builds it beside its place, adds tokenizer and manifest, and moves it there whole.
+
+A corpus folder holds the TFDS ArrayRecord data set, `corpus.json` (what it is), `skipped.csv` (what was left out and
+why) and the tokenizer. Until everything is written it lies in a hidden folder beside, so nothing half-written is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import tensorflow_datasets as tfds
+from absl import logging
+
+import rad_jax
+from data.folder.builder import Folder, find_csv
+from data.phantom.builder import Phantom
+from data.records import SPLITS, CorpusBuilder
+from rad_jax import prompts
+from rad_jax.errors import UserError, check_format
+
+MANIFEST = "corpus.json"
+DATASETS = ("phantom", "folder")
+_LEAST_STUDIES, _LEAST_IMAGE = 10, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What decides a corpus: two packs with equal arguments write the same corpus.
+
+    Attributes:
+        dataset: one of `DATASETS`.
+        source: folder or CSV of the data set "folder", None for the phantom.
+        image_size: short side of the stored images, in pixels.
+        studies: number of phantom studies; seed: of the phantom.
+        tokenizer: a file to copy, or None to train one of `vocab_size` pieces.
+    """
+
+    dataset: str
+    source: str | None
+    image_size: int
+    studies: int
+    seed: int
+    tokenizer: str | None
+    vocab_size: int
+
+    def check(self) -> None:
+        """Raises UserError when these cannot be packed."""
+        if self.dataset not in DATASETS:
+            raise UserError(f"--dataset={self.dataset}: unknown data set: use one of {', '.join(DATASETS)}.")
+        if self.dataset == "folder" and not self.source:
+            raise UserError("--dataset=folder needs --source, a folder with images and a CSV: give one.")
+        if self.dataset == "phantom" and self.source:
+            raise UserError("--dataset=phantom is drawn and takes no --source: leave it out.")
+        for name, value, least in (
+            ("image_size", self.image_size, _LEAST_IMAGE),
+            ("studies", self.studies, _LEAST_STUDIES),
+            ("vocab_size", self.vocab_size, prompts.MIN_VOCAB_SIZE),
+        ):
+            if value < least:
+                raise UserError(f"--{name}={value} is too small: use at least {least}.")
+
+    def identity(self) -> dict[str, Any]:
+        """The arguments that matter for this data set, files by their content, for comparison with an earlier pack."""
+        known: dict[str, Any] = {"dataset": self.dataset, "image_size": self.image_size}
+        if self.dataset == "phantom":
+            known |= {"studies": self.studies, "seed": self.seed}
+        else:
+            known["source_csv"] = _sha256(find_csv(Path(self.source or "")))
+        if self.tokenizer:
+            return known | {"tokenizer": _sha256(Path(self.tokenizer))}
+        return known | {"vocab_size": self.vocab_size}
+
+    def builder(self, data_dir: Path, workers: int, progress: bool) -> CorpusBuilder:
+        """The TFDS builder of this data set."""
+        common: dict[str, Any] = {"data_dir": data_dir, "workers": workers, "progress": progress}
+        common["image_size"] = self.image_size
+        if self.dataset == "phantom":
+            return Phantom(studies=self.studies, seed=self.seed, **common)
+        return Folder(source=self.source or "", **common)
+
+
+def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -> tuple[dict[str, Any], bool]:
+    """Packs a corpus into the folder `out`.
+
+    Args:
+        arguments: what to pack.
+        out: the corpus folder; must not exist, be empty, or hold the corpus of the same arguments.
+        workers: processes.
+        progress: whether to show a bar.
+
+    Returns:
+        The manifest, and whether it was packed now (False: it was there already).
+
+    Raises:
+        UserError: wrong arguments or input, or `out` holds something else.
+    """
+    arguments.check()
+    out = out.expanduser().absolute()
+    if out.exists():
+        found = _existing(out, arguments.identity())
+        if found:
+            return found, False
+    if arguments.tokenizer:
+        prompts.load_tokenizer(arguments.tokenizer)  # before the long work, not after it
+    with _staging(out) as folder:
+        builder = arguments.builder(folder, workers, progress)
+        _build(builder, folder)
+        manifest = _manifest(arguments, builder, folder, _tokenizer(arguments, builder, folder))
+        _write_skipped(builder, folder)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        folder.rename(out)
+    return manifest, True
+
+
+def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the finished corpus in `out` if it has these arguments; None if `out` is an empty folder."""
+    path = out / MANIFEST
+    if not path.is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        raise UserError(f"{out}: exists and is no corpus: give another --out, or remove it.")
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["arguments"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: remove the folder {out} and pack again.") from error
+    check_format(manifest.get("format_version"), path)
+    differ = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if differ:
+        what = ", ".join(f"{k} {found.get(k)} instead of {wanted.get(k)}" for k in differ)
+        raise UserError(f"{out}: holds a corpus of other arguments ({what}): give another --out, or remove it.")
+    return manifest
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to build in, removed at the end; what a killed pack left there is removed first.
+
+    A file lock, which the system drops with the process, tells a running pack from a killed one.
+    """
+    outer = out.parent / f".{out.name}.packing"
+    outer.mkdir(parents=True, exist_ok=True)
+    with (outer / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another pack is writing it: wait for that one, or give another --out.") from error
+        folder = outer / "corpus"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(outer, ignore_errors=True)
+
+
+def _build(builder: CorpusBuilder, folder: Path) -> None:
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        # TFDS announces a download on stdout, and makes a folder for it; nothing is downloaded.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format="array_record")
+    except RuntimeError as error:  # what ArrayRecord makes of a failed write
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent.parent)) from error
+        raise
+    finally:
+        logging.set_verbosity(verbosity)
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+
+
+def _tokenizer(arguments: Arguments, builder: CorpusBuilder, folder: Path) -> str:
+    """Puts the tokenizer into the corpus; returns the name of its file."""
+    if arguments.tokenizer:
+        given = Path(arguments.tokenizer)
+        name = "vocab.txt" if given.suffix == ".txt" else f"tokenizer{given.suffix}"
+        shutil.copyfile(given, folder / name)
+        return name
+    rows = [(indication or None, findings) for indication, findings in builder.training_text]
+    if not rows:
+        raise UserError("the training split is empty, so no tokenizer can be trained: give one with --tokenizer.")
+    prompts.train_tokenizer(rows, arguments.vocab_size, folder / "tokenizer.json")
+    return "tokenizer.json"
+
+
+def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokenizer: str) -> dict[str, Any]:
+    written = builder.written.total()
+    provenance = {
+        "rad_jax": rad_jax.__version__,
+        "pillow": PIL.__version__,
+        "numpy": np.__version__,
+        "tensorflow_datasets": tfds.__version__,
+    }
+    if arguments.dataset == "phantom":
+        provenance["seed"] = arguments.seed
+    else:
+        provenance["source"] = str(arguments.source)
+    return {
+        "format_version": rad_jax.FORMAT_VERSION,
+        "dataset": arguments.dataset,
+        "builder_dir": str(Path(builder.data_dir).relative_to(folder)),
+        "image_size": arguments.image_size,
+        "tokenizer": tokenizer,
+        "splits": {split: builder.written[split] for split in SPLITS},
+        "summary": {
+            "read": written + len(builder.skipped),
+            "written": written,
+            "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
+        },
+        "fingerprint": _fingerprint(Path(builder.data_dir)),
+        "arguments": arguments.identity(),
+        "provenance": provenance,
+    }
+
+
+def _fingerprint(builder_dir: Path) -> str:
+    """SHA-256 over names and contents of the shards, in the order of their names."""
+    total = hashlib.sha256()
+    for shard in sorted(p for p in builder_dir.iterdir() if ".array_record" in p.name):
+        total.update(f"{shard.name} {_sha256(shard)}\n".encode())
+    return total.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: check the path.") from error
+
+
+def _write_skipped(builder: CorpusBuilder, folder: Path) -> None:
+    with (folder / "skipped.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "reason"])
+        writer.writerows((skip.id, skip.image, skip.reason) for skip in builder.skipped)

@@ -1,0 +1,160 @@
+"""What one record of a corpus is, and the TFDS builder that every corpus derives from.
+
+A record is one image (8-bit grey PNG, short side at training size) with all its texts, ids, labels and provenance.
+Nothing here needs TensorFlow: the image feature is given encoded bytes, and shards are written as ArrayRecord.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from data.labels import CHEXPERT, NOT_STATED
+from rad_jax.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """An input that became no record, and why; `reason` is one of few phrases, so that it can be counted."""
+
+    id: str
+    image: str
+    reason: str
+
+
+def features() -> tfds.features.FeaturesDict:
+    """The features of every corpus; an absent text is empty.
+
+    `labels` follow `CHEXPERT`: 1 positive, 0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with
+    one object per finding: finding, side, size, place, box [x0, y0, x1, y1] in pixels of the stored image.
+    """
+    texts = ("id", "patient", "study", "view", "indication", "findings", "impression", "annotations", "source")
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
+            **{name: tfds.features.Text() for name in texts},
+            "frontal": tfds.features.Scalar(dtype=np.bool_),
+            "orig_height": tfds.features.Scalar(dtype=np.int32),
+            "orig_width": tfds.features.Scalar(dtype=np.int32),
+            "labels": tfds.features.Tensor(shape=(len(CHEXPERT),), dtype=np.int8),
+        }
+    )
+
+
+def record(
+    *,
+    image: bytes,
+    id: str,
+    patient: str,
+    study: str,
+    view: str,
+    findings: str,
+    source: str,
+    shape: Sequence[int],
+    indication: str = "",
+    impression: str = "",
+    labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT),
+    annotations: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """One record as `features` wants it; `image` is an encoded PNG and `shape` (Y, X) of the original film."""
+    return {
+        "image": image,
+        "id": id,
+        "patient": patient,
+        "study": study,
+        "view": view,
+        "frontal": "lateral" not in view.lower(),
+        "indication": indication,
+        "findings": findings,
+        "impression": impression,
+        "labels": np.asarray(labels, np.int8),
+        "annotations": json.dumps(list(annotations)),
+        "source": source,
+        "orig_height": int(shape[0]),
+        "orig_width": int(shape[1]),
+    }
+
+
+class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
+    """Base of the builders: splits of jobs in, records or skips out, over a pool of processes.
+
+    A subclass gives `jobs` and `maker`. After `download_and_prepare`, `skipped` lists what was left out and `written`
+    counts the records of each split.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    # Nothing is downloaded, so there are no checksums; looking for them needs a package that TFDS does not declare.
+    _checksums_path = None
+
+    def __init__(self, *, workers: int = 1, progress: bool = False, **kwargs: Any):
+        """Args: workers: processes that make records; progress: show a bar on stderr; the rest goes to TFDS."""
+        self.workers, self.progress = workers, progress
+        self.skipped: list[Skip] = []
+        self.written: Counter[str] = Counter()
+        self.training_text: list[tuple[str, str]] = []  # (indication, findings) of the training records
+        super().__init__(**kwargs)
+
+    @abc.abstractmethod
+    def jobs(self) -> dict[str, list[Any]]:
+        """Split -> what `make` is called with, in order; inputs known to be unusable go to `self.skipped`."""
+
+    @abc.abstractmethod
+    def maker(self) -> Callable[[Any], dict[str, Any] | Skip]:
+        """A picklable function from a job to a record or a skip."""
+
+    def download_and_prepare(self, **kwargs: Any) -> None:
+        """As TFDS, with one pool of processes for all splits."""
+        with _mapper(self.workers) as self._map:
+            super().download_and_prepare(**kwargs)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        splits = {split: jobs for split, jobs in self.jobs().items() if jobs}
+        if not splits:
+            reasons = Counter(skip.reason for skip in self.skipped)
+            raise UserError(f"no usable input in any split (skipped: {dict(reasons)}): mend the source.")
+        total = sum(map(len, splits.values()))
+        self._bar = tqdm.tqdm(total=total, desc="packing", unit="study", disable=not self.progress)
+        return {split: self._generate_examples(split, jobs) for split, jobs in splits.items()}
+
+    def _generate_examples(self, split: str, jobs: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for result in self._map(self.maker(), jobs):
+            self._bar.update()
+            if self._bar.n == self._bar.total:
+                self._bar.close()
+            if isinstance(result, Skip):
+                self.skipped.append(result)
+                continue
+            self.written[split] += 1
+            if split == "train":
+                self.training_text.append((result["indication"], result["findings"]))
+            yield result["id"], result
+        if not self.written[split]:
+            # TFDS would stop on an empty split with an error of its own, which says nothing about the cause.
+            reasons = Counter(skip.reason for skip in self.skipped)
+            raise UserError(
+                f"split {split!r}: none of its {len(jobs)} inputs could be used (skipped: {dict(reasons)}): "
+                "mend the images, or leave the split out."
+            )
+
+
+@contextlib.contextmanager
+def _mapper(workers: int) -> Iterator[Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]]:
+    """An ordered map over processes. They are spawned, because TFDS runs threads and forking those can hang."""
+    if workers <= 1:
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield lambda function, jobs: pool.imap(function, jobs, chunksize=max(1, min(16, len(jobs) // workers)))

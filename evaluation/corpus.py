@@ -1,0 +1,82 @@
+"""What a packed corpus adds to a predictions file: patients, true findings, and the baselines' reports."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from evaluation import baselines
+from evaluation.report import Study, findings_of_annotations
+from rad_jax import images
+from rad_jax.errors import UserError
+from rad_jax.input_pipeline import Corpus
+
+ANNOTATED = ("phantom",)  # corpora whose annotations list every finding, so that an empty list means a normal study
+
+
+def records_of(corpus: Corpus, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The records with these ids, searched in the splits from test to train until all are found; absent ones are left
+    out.
+
+    Raises UserError when none is found: the predictions are of another corpus.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for split in sorted(corpus.splits, key=("test", "validation", "train").index):
+        if len(found) == len(ids):
+            break
+        source = corpus.source(split)
+        for number in range(len(source)):
+            record = source[number]
+            if record["id"] in ids:
+                found[record["id"]] = record
+    if not found:
+        raise UserError(
+            f"{corpus.path}: holds none of the predicted ids, give the corpus that the predictions were made from"
+        )
+    return found
+
+
+def studies_of(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, Study]:
+    """id -> patient and, in a corpus that has it, the truth. A record without a patient is its own patient."""
+    annotated = corpus.meta["dataset"] in ANNOTATED
+    return {
+        name: Study(
+            patient=record["patient"] or name,
+            truth=findings_of_annotations(record["annotations"]) if annotated else None,
+        )
+        for name, record in records.items()
+    }
+
+
+def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """What the two baselines of `evaluation.baselines` answer, from the training split: name -> {id: report}.
+
+    Training records without findings or with an undecodable image are left out; a study whose own image cannot be
+    decoded gets an empty report. Raises UserError when no training record is left.
+    """
+    source = corpus.source("train")
+    reports, rows = [], []
+    for number in range(len(source)):
+        record = source[number]
+        row = _thumbnail(corpus, record)
+        if record["findings"].strip() and row is not None:
+            reports.append(record["findings"])
+            rows.append(row)
+    if not reports:
+        raise UserError(f"{corpus.path}: no training record with findings and a readable image to make baselines of")
+    common = baselines.most_frequent_report(reports)
+    own = {name: _thumbnail(corpus, record) for name, record in records.items()}
+    readable = {name: row for name, row in own.items() if row is not None}
+    nearest = baselines.nearest_reports(np.stack(rows), reports, np.array(list(readable.values())))
+    return {
+        "most frequent report": dict.fromkeys(records, common),
+        "nearest thumbnail": dict.fromkeys(records, "") | dict(zip(readable, nearest, strict=True)),
+    }
+
+
+def _thumbnail(corpus: Corpus, record: dict[str, Any]) -> np.ndarray | None:
+    try:
+        image = images.decode_png(record["image"])
+    except UserError:
+        return None
+    return baselines.thumbnail(images.centre_crop(image, corpus.image_size))

@@ -1,0 +1,56 @@
+"""Trains one stage: text pretraining, contrastive towers, projector, or LoRA; which one, the config says.
+
+    python -m launch.train --config=configs/phantom.py:stage1 --data=out/demo/data --workdir=out/demo/stage1
+    python -m launch.train --config=configs/stage3.py --data=CORPUS --base=RUN_OF_STAGE_2 --workdir=RUN --config.batch_size=128
+
+The same command again goes on from the newest checkpoint. Every setting of the config can be given as a flag.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from rad_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
+_DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).")
+_BASE = flags.DEFINE_list("base", [], "Runs that give the weights to start from, with commas; later ones win.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.")
+flags.mark_flags_as_required(["config", "data", "workdir"])
+
+
+def main(_: Sequence[str]) -> None:
+    import jax
+
+    from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
+
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    corpus = input_pipeline.Corpus.open(_DATA.value)
+    task = tasks.make_task(config)
+    bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
+    mesh = sharding.make_mesh(**config.mesh)
+    tokenizer = corpus.tokenizer()
+    tasks.check_vocabulary(task.model.config, tokenizer.vocab_size, tokenizer.path)
+    checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, tokenizer.path, bases)
+    batches = input_pipeline.train_iterator(
+        corpus,
+        config.data.split,
+        template=config.data.template,
+        batch_size=config.batch_size,
+        text_length=config.data.text_length,
+        target_length=config.data.target_length,
+        image_size=config.model.vision.image_size if "vision" in config.model else corpus.image_size,
+        seed=config.seed,
+        frontal_only=config.data.frontal_only,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    base = state.join(*(run.variables for run in bases))
+    train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh)
+
+
+if __name__ == "__main__":
+    errors.run(main)

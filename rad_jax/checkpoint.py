@@ -1,0 +1,185 @@
+"""A run on disk: its `config.json` and its Orbax checkpoints. One checkpoint is one unit: weights that train, optimizer, step, rng, data position.
+
+Frozen weights are not copied: a run records the runs its base weights came from, with a hash of their content, and finds them there again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from rad_jax import FORMAT_VERSION, __version__
+from rad_jax.errors import UserError, check_format
+from rad_jax.state import TrainState, Tree, join
+
+
+class Checkpointer:
+    """Saves and restores one run's `TrainState` and data position under WORKDIR/checkpoints; saving does not hold up the step."""
+
+    def __init__(self, workdir: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        rest = {"step": state.step, "rng": state.rng, "opt_state": state.opt_state}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                rest=ocp.args.StandardSave(rest),
+                data=ocp.args.JsonSave(dict(data)),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint placed as `like` is (its values are not read), and the data position; None when there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        shapes: TrainState = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        rest = {"step": shapes.step, "rng": shapes.rng, "opt_state": shapes.opt_state}
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(shapes.trainable),
+                rest=ocp.args.StandardRestore(rest),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return TrainState(trainable=found["trainable"], **found["rest"]), found["data"]
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run read back: its own weights laid over those of its bases, as numpy arrays, and its config."""
+
+    path: Path
+    config: dict[str, Any]
+    tokenizer: dict[str, str]
+    step: int
+    sha256: str
+    variables: Tree
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / self.tokenizer["file"]
+
+
+def open_workdir(
+    workdir: Path, config: Mapping[str, Any], corpus: Mapping[str, Any], tokenizer: Path, bases: Sequence[Run]
+) -> None:
+    """Makes a run's folder with `config.json` and the tokenizer; in a folder that has them, checks that it is the same run.
+
+    Raises:
+        UserError: the folder is of another config, corpus or base, or cannot be written.
+    """
+    record = {
+        "format_version": FORMAT_VERSION,
+        "rad_jax": __version__,
+        "config": config,
+        "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
+        "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
+        "bases": [{"path": os.path.relpath(b.path, workdir), "step": b.step, "sha256": b.sha256} for b in bases],
+    }
+    file = workdir / "config.json"
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokenizer, workdir / tokenizer.name)
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.rename(file)
+        return
+    found = read_config(workdir)
+    old, new = _flat(found), _flat(json.loads(json.dumps(record)))
+    other = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "rad_jax"]
+    if other:
+        shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in other[:4])
+        raise UserError(
+            f"{workdir} belongs to another run; {len(other)} settings differ: {shown}. "
+            "Choose another --workdir, or give the same config, data and base to go on."
+        )
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """A run's `config.json`.
+
+    Raises:
+        UserError: there is none, or it is of another format version.
+    """
+    file = workdir / "config.json"
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run of launch.train: it has no config.json.") from None
+    except ValueError:
+        raise UserError(f"{file} is not valid JSON: restore it, or start the run in a new folder.") from None
+    check_format(record.get("format_version"), file)
+    return record
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run's newest checkpoint and, under it, the runs it was based on.
+
+    Raises:
+        UserError: no checkpoint, or a base that is missing or is no longer the one the run was trained on.
+    """
+    record = read_config(path)
+    bases = []
+    for reference in record["bases"]:
+        base = load_run((path / reference["path"]).resolve())
+        if base.sha256 != reference["sha256"]:
+            raise UserError(
+                f"{base.path} has changed since {path} was trained on it (its weights' hash differs): "
+                "train again on the new base, or restore the old one."
+            )
+        bases.append(base)
+    steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
+    if not steps:
+        raise UserError(f"{path} has no finished checkpoint yet: run its training first.")
+    own = read_trainable(path / "checkpoints" / str(max(steps)))
+    variables = join(*(base.variables for base in bases), own)
+    return Run(path.resolve(), record["config"], record["tokenizer"], max(steps), content_hash(own), variables)
+
+
+def read_trainable(checkpoint: Path) -> Tree:
+    """The trained weights of one checkpoint as numpy arrays, whatever mesh wrote them."""
+    with ocp.CheckpointManager(checkpoint.parent.absolute()) as manager:
+        step = int(checkpoint.name)
+        tree = manager.item_metadata(step)["trainable"].tree
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+        return manager.restore(step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore(like)))["trainable"]
+
+
+def content_hash(tree: Mapping[str, Any]) -> str:
+    """sha256 over paths, shapes, dtypes and bytes of a tree of numpy arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: leaf for path, leaf in flatten_dict(dict(record), sep=".", keep_empty_nodes=True).items()}

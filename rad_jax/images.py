@@ -1,0 +1,213 @@
+"""Pixels: the one place where a radiograph becomes what the image tower sees.
+
+A film is read as 8-bit grey (`load_grey`), scaled so that its short side has the training size (`resize_short`), kept
+as PNG (`encode_png`), and at read time cut to a square (`centre_crop`) and normalised (`normalise`, on the host or on
+the device). The result equals the evaluation transform of open_clip, bit for bit: Pillow's antialiased bicubic filter
+on 8-bit values, long side rounded down, crop offset rounded half to even, the statistics of OpenAI's CLIP.
+"""
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rad_jax.errors import UserError
+
+# Channel statistics of OpenAI's CLIP (Radford et al. 2021), for values in [0, 1].
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_DICOM_SUFFIXES = (".dcm", ".dicom", "")
+_DEEP_MODES = ("I", "F")  # 16-bit PNGs open as "I" or "I;16..."
+
+
+def load_grey(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads one radiograph.
+
+    PNG and JPEG of 8 bits are taken as they are (colour becomes luma); deeper ones are spread from their darkest to
+    their brightest value over 0..255. DICOM passes its modality LUT or rescale, then its VOI LUT or first window;
+    MONOCHROME1 is inverted, so that bone is bright.
+
+    Args:
+        path: a PNG, JPEG or DICOM file; DICOM may lack its preamble.
+
+    Returns:
+        uint8 [Y, X].
+
+    Raises:
+        UserError: the file cannot be read, is cut short or damaged, has several frames, or is a colour DICOM.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if data.startswith(_SIGNATURES):
+        return _decode(data, str(path))
+    if data[128:132] == b"DICM" or (data and path.suffix.lower() in _DICOM_SUFFIXES):
+        return _decode_dicom(data, str(path))
+    raise UserError(f"{path}: not a PNG, JPEG or DICOM file")
+
+
+def resize_short(image: np.ndarray, size: int) -> np.ndarray:
+    """Scales so that the short side is `size` and the long side int(size * long / short).
+
+    Pillow's bicubic filter, antialiased, on 8-bit values, as torchvision's `Resize` does with a Pillow image.
+
+    Args:
+        image: uint8 [Y, X].
+        size: pixels.
+
+    Returns:
+        uint8 [Y', X'].
+    """
+    height, width = image.shape
+    short, long = sorted((height, width))
+    scaled = int(size * long / short)
+    shape = (size, scaled) if width <= height else (scaled, size)
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Cuts the middle square, offsets round((side - size) / 2), half to even, as torchvision's `CenterCrop`.
+
+    Args:
+        image: [Y, X], both at least `size`.
+        size: pixels.
+
+    Returns:
+        [size, size], a view.
+
+    Raises:
+        ValueError: the image is smaller than the square.
+    """
+    height, width = image.shape
+    if min(height, width) < size:
+        raise ValueError(f"cannot crop {size} x {size} from {height} x {width}")
+    top, left = (round((side - size) / 2) for side in (height, width))
+    return image[top : top + size, left : left + size]
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes uint8 [Y, X] as an 8-bit grey PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Decodes what `encode_png` wrote.
+
+    Returns:
+        uint8 [Y, X].
+
+    Raises:
+        UserError: the bytes are no whole grey image.
+    """
+    return _decode(data, "stored image")
+
+
+def normalise(images: Any, xp: Any = np) -> Any:
+    """Turns grey values into the three channels of the image tower: (x / 255 - MEAN) / STD.
+
+    Args:
+        images: uint8 [..., Y, X].
+        xp: numpy or jax.numpy.
+
+    Returns:
+        float32 [..., Y, X, C], C = 3.
+    """
+    unit = xp.asarray(images)[..., None].astype(xp.float32) / xp.float32(255)
+    return (unit - xp.asarray(MEAN)) / xp.asarray(STD)
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
+    """Decodes a PNG or JPEG to uint8 [Y, X]; Pillow refuses a file that ends early."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{name}: has several frames, only single films can be read")
+            image.load()
+            if image.mode.startswith(_DEEP_MODES):
+                return _spread(np.asarray(image))
+            # Transparency carries no film; through RGB, because the luma of a palette is only defined there.
+            grey = image if image.mode == "L" else image.convert("RGB").convert("L")
+            return np.array(grey)
+    # The PNG reader raises SyntaxError and ValueError on damage, the JPEG reader OSError.
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: damaged or incomplete image ({_first_line(error)})") from error
+
+
+def _decode_dicom(data: bytes, name: str) -> np.ndarray:
+    """Decodes a single-frame grey DICOM to uint8 [Y, X] as it is meant to be shown (DICOM PS3.3 C.11.1 and C.11.2)."""
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+    except ImportError as error:
+        raise UserError(f"{name}: reading DICOM needs the package pydicom") from error
+    try:
+        # pydicom warns about every odd but readable header; what matters here is checked below.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            _check_dicom(dataset, name)
+            values = apply_modality_lut(_stored_values(dataset), dataset)
+            if dataset.get("VOILUTSequence"):
+                entries, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
+                table = apply_voi(np.arange(first, first + (entries or 2**16)), dataset)
+                grey = _scale(apply_voi(values, dataset), table.min(), table.max())
+            elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
+                black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+                grey = _scale(apply_windowing(values, dataset), black, white)
+            else:
+                grey = values if values.dtype == np.uint8 else _spread(values)
+    except UserError:
+        raise
+    except Exception as error:  # pydicom and its codecs raise whatever the damaged bytes lead them to
+        raise UserError(f"{name}: damaged or incomplete DICOM, or no codec for it ({_first_line(error)})") from error
+    return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _check_dicom(dataset: Any, name: str) -> None:
+    """Raises UserError unless the dataset holds one grey frame."""
+    if "PixelData" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
+        raise UserError(f"{name}: no DICOM image, or one that ends before its pixels")
+    if dataset.get("SamplesPerPixel", 1) != 1 or not str(dataset.get("PhotometricInterpretation")).startswith("MONO"):
+        raise UserError(f"{name}: a colour DICOM, only grey radiographs can be read")
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise UserError(f"{name}: has several frames, only single films can be read")
+
+
+def _stored_values(dataset: Any) -> np.ndarray:
+    """Decodes the pixel data to integers [Y, X]."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        # A file without preamble has no such entry; it is then uncompressed, in the encoding it was parsed with.
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    return dataset.pixel_array
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Spreads numbers [Y, X] from their smallest to their largest over uint8 0..255; a flat image becomes black."""
+    return _scale(values, values.min(), values.max())
+
+
+def _scale(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Maps black..white to uint8 0..255, rounding to the nearest."""
+    if black == white:
+        return np.zeros(values.shape, np.uint8)
+    unit = (values.astype(np.float64) - float(black)) / (float(white) - float(black))
+    return np.rint(unit * 255).astype(np.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,341 @@
+"""Packed corpus in, fixed-shape numpy batches out: TFDS and ArrayRecord read through Grain, without TensorFlow.
+
+A corpus is a folder with `corpus.json` and one ArrayRecord dataset; one record is one film with all its texts. Training
+reads an endless shuffled stream whose whole state is one integer, so that it continues exactly on any number of
+processes. Evaluation reads a split once, in order.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from rad_jax import images, prompts
+from rad_jax.errors import UserError, check_format
+
+Batch = dict[str, np.ndarray]
+
+# What is made of a record; "prompt" is v1 up to where the answer begins, for generation.
+TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
+_WITHOUT_TARGETS = ("prompt", "clip")
+# Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
+_PADDING = -1
+_EMPTY: Mapping[str, Any] = {"image": b"", "findings": "", "impression": "", "indication": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A packed corpus on disk.
+
+    Attributes:
+        path: its folder.
+        meta: the contents of corpus.json.
+    """
+
+    path: Path
+    meta: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Corpus":
+        """Opens a corpus and checks that every shard is there, readable and as long as the dataset says.
+
+        Raises:
+            UserError: no corpus there, one of another format version, or shards that are missing or damaged.
+        """
+        path = Path(path)
+        file = path / "corpus.json"
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{path}: no packed corpus here ({file.name} is missing), make one with launch.pack"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{file}: damaged, pack the corpus again") from error
+        check_format(meta.get("format_version"), file)
+        corpus = cls(path, meta)
+        corpus._check_shards()
+        return corpus
+
+    @property
+    def image_size(self) -> int:
+        """Short side of the stored images in pixels."""
+        return self.meta["image_size"]
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Number of records of each split."""
+        return self.meta["splits"]
+
+    def tokenizer(self) -> prompts.Tokenizer:
+        """The tokenizer saved with the corpus."""
+        return prompts.load_tokenizer(self.path / self.meta["tokenizer"])
+
+    def source(self, split: str) -> "Source":
+        """Random access to the records of a split."""
+        self._check_split(split)
+        import tensorflow_datasets as tfds
+
+        return Source(self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}), self, split)
+
+    def numbers(self, split: str, frontal_only: bool) -> np.ndarray:
+        """Record numbers of a split, int64 [n], in order; laterals left out on demand.
+
+        Raises:
+            UserError: no such split, or no record left.
+        """
+        self._check_split(split)
+        numbers = np.arange(self.splits[split])
+        if frontal_only:
+            # One pass over the split, about 0.3 ms per record.
+            source = self.source(split)
+            numbers = numbers[[bool(source[number]["frontal"]) for number in range(len(source))]]
+        if not len(numbers):
+            raise UserError(f"{self.path}: split {split!r} has no {'frontal ' if frontal_only else ''}records")
+        return numbers
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(str(self.path / self.meta["builder_dir"]))
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            raise UserError(f"{self.path}: no split {split!r}, there are {', '.join(self.splits)}")
+
+    def _check_shards(self) -> None:
+        """Compares every shard with its recorded length; the dataset itself would notice only when reading a record."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        again = "copy or pack the corpus again"
+        try:
+            infos = self._builder.info.splits
+        except Exception as error:  # tfds raises many kinds over its own json files
+            raise UserError(f"{self.path / self.meta['builder_dir']}: no readable dataset, {again}") from error
+        for split, count in self.splits.items():
+            info = infos.get(split)
+            if (info.num_examples if info else 0) != count:
+                raise UserError(f"{self.path}: corpus.json counts {count} {split} records, the dataset other, {again}")
+            for name, length in zip(info.filepaths, info.shard_lengths, strict=True) if info else ():
+                if not os.path.exists(name):
+                    raise UserError(f"{name}: this shard of the corpus is missing, {again}")
+                reader = ArrayRecordReader(str(name))
+                if not reader.ok() or reader.num_records() != length:
+                    raise UserError(f"{name}: this shard of the corpus is damaged, {again}")
+                reader.close()
+
+
+class Source:
+    """Random access to records: number -> dict of features, texts as str, the image as PNG bytes."""
+
+    def __init__(self, records: Any, corpus: Corpus, split: str):
+        self._records = records
+        self._name = f"{split} split of {corpus.path}"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        try:
+            record = self._records[number]
+        except RuntimeError as error:  # a checksum of the shard does not hold
+            raise UserError(f"record {number} of the {self._name} is damaged, copy or pack the corpus again") from error
+        return {
+            key: value.decode() if isinstance(value, bytes) and key != "image" else value
+            for key, value in record.items()
+        }
+
+
+def train_iterator(
+    corpus: Corpus,
+    split: str,
+    *,
+    template: str,
+    batch_size: int,
+    text_length: int,
+    target_length: int,
+    image_size: int,
+    seed: int,
+    frontal_only: bool,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> grain.DatasetIterator:
+    """An endless stream of shuffled batches, every record once per epoch, a new order each epoch.
+
+    At every step the processes together hold the same records whatever their number: process i has rows i, i + n, ...
+    of the global batch. `get_state()` is {"global_next_index": records given out}, equal on all processes, and
+    `set_state` continues there on any number of processes.
+
+    Args:
+        corpus: an open corpus.
+        split: its name.
+        template: one of TEMPLATES.
+        batch_size: rows of the global batch, a multiple of process_count.
+        text_length: T, tokens per row; what is longer is cut and flagged.
+        target_length: U, targets per row; what is longer is cut and flagged.
+        image_size: side of the square in pixels, that of the corpus.
+        seed: of the order.
+        frontal_only: leave lateral films out.
+        process_index: of this process.
+        process_count: number of processes.
+        num_threads: that prepare batches beside the training step; each works on a batch of its own.
+
+    Returns:
+        An iterator over batches, B = batch_size / process_count rows each:
+        image uint8 [B, Y, X] (not for "text"); tokens int32 [B, T], with IMAGE_ID once for plain, v1 and prompt, padded
+        with pad_id; length int32 [B], tokens before the padding; truncated int32 [B]; index int32 [B], record numbers;
+        weight float32 [B], 0 for rows that do not count: image not decodable, or no text to learn from; and unless the
+        template is "prompt" or "clip": targets int32 [B, U], target_positions int32 [B, U], where in tokens the target
+        is predicted, i.e. the place before its own, target_weights float32 [B, U].
+
+    Raises:
+        UserError: no such split, no records, or sizes that do not fit; while iterating, a damaged shard.
+    """
+    _check_batch(batch_size, process_count)
+    rows = _Rows(corpus, split, template, text_length, target_length, image_size)
+    order = grain.MapDataset.source(corpus.numbers(split, frontal_only)).seed(seed).shuffle().repeat()
+    elastic = grain.experimental.ElasticIterator(
+        order.map(rows),
+        batch_size,
+        grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
+        read_options=_read_options(num_threads),
+    )
+    return iter(elastic)
+
+
+def eval_batches(
+    corpus: Corpus,
+    split: str,
+    *,
+    template: str,
+    batch_size: int,
+    text_length: int,
+    target_length: int,
+    image_size: int,
+    frontal_only: bool,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> Iterator[Batch]:
+    """The records of a split once, in order, in batches of full size; all processes get the same number of batches.
+
+    Rows that fill up the last batch have weight 0 and index -1. Arguments and batches are those of `train_iterator`;
+    `limit` takes only the first records.
+    """
+    _check_batch(batch_size, process_count)
+    rows = _Rows(corpus, split, template, text_length, target_length, image_size)
+    numbers = corpus.numbers(split, frontal_only)[:limit]
+    padded = np.concatenate([numbers, np.full(-len(numbers) % batch_size, _PADDING)])
+    dataset = grain.MapDataset.source(padded)[process_index::process_count]
+    batches = dataset.map(rows).batch(batch_size // process_count)
+    return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
+
+
+class _Rows:
+    """Turns a record number into a row: the fields of a batch without the axis B."""
+
+    def __init__(
+        self, corpus: Corpus, split: str, template: str, text_length: int, target_length: int, image_size: int
+    ):
+        if template not in TEMPLATES:
+            raise ValueError(f"unknown template {template!r}, there are {', '.join(TEMPLATES)}")
+        if image_size != corpus.image_size:
+            raise UserError(
+                f"{corpus.path}: packed for images of {corpus.image_size} pixels, the config asks for {image_size}, "
+                f"pack it again with --image_size={image_size}"
+            )
+        self._source = corpus.source(split)
+        self._tokenizer = corpus.tokenizer()
+        self._template = template
+        self._text_length = text_length
+        self._target_length = target_length
+        self._image_size = image_size
+        shortest = len(self._render("", None).ids)
+        if text_length < shortest:
+            raise UserError(
+                f"text_length={text_length} is too short, the empty {template} prompt has {shortest} tokens"
+            )
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        record = self._source[int(number)] if number >= 0 else _EMPTY
+        text = record["findings"]
+        if self._template == "clip":
+            text = text or record["impression"]
+        row = self._text_row(text, record["indication"] or None)
+        if self._template != "text":
+            row["image"], decoded = self._image(record["image"])
+            row["weight"] *= np.float32(decoded)
+        if "target_weights" in row:
+            row["target_weights"] *= row["weight"]
+        row["index"] = np.int32(number)
+        return row
+
+    def _render(self, findings: str, indication: str | None) -> prompts.Example:
+        tokenizer = self._tokenizer
+        if self._template == "text":
+            return prompts.render_text(tokenizer, findings)
+        if self._template == "plain":
+            return prompts.render_plain(tokenizer, findings)
+        if self._template == "clip":
+            # One more than fits, to see whether it does.
+            return prompts.render_clip(tokenizer, findings, self._text_length + 1)
+        answer = None if self._template == "prompt" else findings
+        return prompts.render_v1(tokenizer, prompts.question(indication), answer)
+
+    def _text_row(self, text: str, indication: str | None) -> dict[str, Any]:
+        """Tokens and targets, cut at the end to T and U; weight 0 without a text to learn from or a whole prompt."""
+        example = self._render(text, indication)
+        truncated = len(example.ids) > self._text_length
+        if truncated and self._template == "clip":
+            example = prompts.render_clip(self._tokenizer, text, self._text_length)
+        ids = example.ids[: self._text_length]
+        row: dict[str, Any] = {
+            "tokens": _padded(ids, self._text_length, self._tokenizer.pad_id),
+            "length": np.int32(len(ids)),
+        }
+        usable = not truncated if self._template == "prompt" else bool(text)
+        if self._template not in _WITHOUT_TARGETS:
+            labels = np.asarray(example.labels[: self._text_length], np.int32)
+            places = np.flatnonzero(labels != prompts.NO_LOSS)
+            truncated |= len(places) > self._target_length
+            places = places[: self._target_length]
+            usable &= len(places) > 0
+            row["targets"] = _padded(labels[places], self._target_length, self._tokenizer.pad_id)
+            row["target_positions"] = _padded(places - 1, self._target_length, 0)
+            row["target_weights"] = _padded(np.ones(len(places)), self._target_length, 0).astype(np.float32)
+        row["truncated"] = np.int32(truncated)
+        row["weight"] = np.float32(usable)
+        return row
+
+    def _image(self, data: bytes) -> tuple[np.ndarray, bool]:
+        """The square uint8 [Y, X], black where the stored image cannot be decoded, and whether it could."""
+        try:
+            return images.centre_crop(images.decode_png(data), self._image_size), True
+        except (UserError, ValueError):  # damaged, or smaller than the corpus says
+            return np.zeros((self._image_size, self._image_size), np.uint8), False
+
+
+def _padded(values: Sequence[int] | np.ndarray, length: int, fill: int) -> np.ndarray:
+    """int32 [length], `values` followed by `fill`."""
+    out = np.full(length, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _check_batch(batch_size: int, process_count: int) -> None:
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} cannot be shared by {process_count} processes, use a multiple")
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+    """A small buffer of whole batches: Grain's own default of 500 elements would be 500 batches."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)

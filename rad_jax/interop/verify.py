@@ -1,0 +1,155 @@
+"""Whether PyTorch makes the same of an exported bundle as JAX makes of the model it came from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rad_jax.errors import UserError
+from rad_jax.generate import generate
+from rad_jax.images import normalise
+from rad_jax.interop.bundle import merged
+from rad_jax.models.llava import Llava, LlavaConfig
+from rad_jax.models.vit import Vit
+from rad_jax.prompts import IMAGE_ID, Tokenizer, load_tokenizer, question, render_v1
+from rad_jax.serving import reference
+
+Study = tuple[np.ndarray, str | None]  # image uint8 [Y, X], indication
+
+# Differences in float32 of the same mathematics summed in another order; measured 1e-6 to 1e-5 on small models, more at full depth.
+PIXELS, FEATURES, LOGITS = 1e-5, 1e-4, 1e-3
+
+
+def verify(
+    bundle: Path,
+    variables: Mapping[str, Any],
+    config: LlavaConfig,
+    tokenizer_path: Path,
+    studies: Sequence[Study],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Compares token ids, pixels, tower features, logits and greedy text on some studies, both sides computing in float32.
+
+    Args:
+        bundle: folder that `bundle.write` made.
+        variables, config, tokenizer_path: what it was made from. A bundle in float16 is compared with weights rounded to float16.
+        studies: images of the tower's size, and indications.
+        max_new_tokens: how far the greedy texts go.
+
+    Returns:
+        max_abs_pixel_diff, max_abs_feature_diff, max_abs_logit_diff (over all words of prompt and text, pieces of the model's own
+        vocabulary), token_ids_equal, text_equal, studies.
+
+    Raises:
+        UserError: the bundle cannot be loaded, or lacks or adds weights.
+    """
+    torch_side = reference.load(bundle)
+    variables, config = _as_stored(variables, config, torch_side.record["dtype"])
+    tokenizer = load_tokenizer(tokenizer_path)
+    with jax.default_matmul_precision("highest"):
+        ours = _jax_side(variables, config, tokenizer, studies, max_new_tokens)
+    assert config.vision is not None
+    image_id = torch_side.model.config.image_token_index
+    result = dict.fromkeys(("max_abs_pixel_diff", "max_abs_feature_diff", "max_abs_logit_diff"), 0.0)
+    ids_equal = text_equal = True
+
+    def differ(name: str, a: np.ndarray, b: np.ndarray) -> None:
+        # A NaN on either side must not pass as small.
+        result[name] = float(np.maximum(result[name], np.abs(a - b).max()))
+
+    for (image, indication), (prompt, written, features, logits) in zip(studies, ours, strict=True):
+        expanded = _expanded(prompt, image_id, config.vision.patches)
+        ids_equal &= torch_side.prompt(image, indication) == expanded
+        differ("max_abs_pixel_diff", normalise(image), torch_side.pixels(image))
+        differ("max_abs_feature_diff", features, torch_side.features(image))
+        theirs = torch_side.logits(expanded + written, image)
+        words = np.array([token != image_id for token in expanded + written])
+        differ("max_abs_logit_diff", logits, theirs[words][:, : config.llm.vocab_size])
+        new = torch_side.greedy(expanded, image, max_new_tokens)
+        text_equal &= new == written and torch_side.text(new) == tokenizer.decode(written)
+    return {**result, "token_ids_equal": ids_equal, "text_equal": text_equal, "studies": len(studies)}
+
+
+def check(result: Mapping[str, Any], bundle: Path) -> None:
+    """Refuses a bundle that is not the model.
+
+    Raises:
+        UserError: a difference is over its tolerance, or ids or texts differ.
+    """
+    limits = {"max_abs_pixel_diff": PIXELS, "max_abs_feature_diff": FEATURES, "max_abs_logit_diff": LOGITS}
+    # Written so that a NaN fails.
+    wrong = [
+        f"{name} {result[name]:.1e} is over {limit:.0e}" for name, limit in limits.items() if not result[name] <= limit
+    ]
+    wrong += [f"{name} is false" for name in ("token_ids_equal", "text_equal") if not result[name]]
+    if wrong:
+        raise UserError(f"{bundle}: PyTorch and JAX do not agree on this bundle: {'; '.join(wrong)}; do not use it.")
+
+
+def _as_stored(variables: Mapping[str, Any], config: LlavaConfig, dtype: str) -> tuple[dict[str, Any], LlavaConfig]:
+    """The model to compare with, to be computed in float32: blocks after the features cut off, and weights rounded as the bundle's are.
+
+    In float32 nothing is rounded, and adapters stay apart, so that their merging is compared too.
+    """
+    if dtype != "float32":
+        variables, config = {"params": merged(variables, config)}, dataclasses.replace(config, lora=None)
+    assert config.vision is not None
+    params, used = variables["params"], config.vision.blocks_used
+    tower = {name: node for name, node in params["vision"].items() if name != "norm"}
+    tower["blocks"] = jax.tree.map(lambda x: x[:used], tower["blocks"])
+    kept = {"params": {"vision": tower, "projector": params["projector"], "llm": params["llm"]}}
+    if config.lora is not None:
+        kept["lora"] = variables["lora"]
+    kept = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype).astype(jnp.float32), kept)
+    exact: dict[str, Any] = {"dtype": "float32", "remat": "none", "attention": "xla"}
+    config = dataclasses.replace(
+        config,
+        llm=dataclasses.replace(config.llm, **exact),
+        vision=dataclasses.replace(config.vision, **exact),
+    )
+    return kept, config
+
+
+def _jax_side(
+    variables: dict[str, Any], config: LlavaConfig, tokenizer: Tokenizer, studies: Sequence[Study], max_new_tokens: int
+) -> list[tuple[list[int], list[int], np.ndarray, np.ndarray]]:
+    """For each study the prompt's ids, the greedy ids, features [P, D], and logits [words, V] of both stretches of ids."""
+    model = Llava(config)
+    prompts = [render_v1(tokenizer, question(indication), None).ids for _, indication in studies]
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    tokens = np.full((len(studies), lengths.max() + max_new_tokens), tokenizer.pad_id, np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    images = np.stack([image for image, _ in studies])
+    batch = {"tokens": tokens[:, : lengths.max()], "length": lengths, "image": images}
+    new = np.asarray(
+        generate(model, variables, batch, jax.random.key(0), max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+    )
+    written = [_until(row.tolist(), tokenizer.eos_id) for row in new]
+    for row, ids, more in zip(tokens, prompts, written, strict=True):
+        row[len(ids) : len(ids) + len(more)] = more
+    lengths = lengths + np.array([len(more) for more in written], np.int32)
+    everywhere = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    pixels = normalise(images)
+    logits = np.asarray(jax.jit(model.apply)(variables, tokens, lengths, pixels, everywhere))
+    features = np.asarray(jax.jit(Vit(config.vision).apply)({"params": variables["params"]["vision"]}, pixels))[:, 1:]
+    words = (tokens != IMAGE_ID) & (everywhere < lengths[:, None])
+    return [
+        (ids, more, states, row[real])
+        for ids, more, states, row, real in zip(prompts, written, features, logits, words, strict=True)
+    ]
+
+
+def _until(ids: list[int], eos_id: int) -> list[int]:
+    """Ids up to the end of sequence, which stays."""
+    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+
+
+def _expanded(ids: Sequence[int], image_id: int, patches: int) -> list[int]:
+    """The placeholder as transformers has it: its own id once per patch."""
+    place = list(ids).index(IMAGE_ID)
+    return [*ids[:place], *[image_id] * patches, *ids[place + 1 :]]

@@ -1,0 +1,175 @@
+"""Dense, norms, embedding and the feed-forward block: parameters with logical axis names, and Dense's optional LoRA branch."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rad_jax.lora import LoraSpec
+
+Array = jax.Array
+Init = Any
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+    "silu": jax.nn.silu,
+}
+
+REMAT_POLICIES = {
+    "full": None,  # nothing is saved but the block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def fan_in_normal(axes: int) -> Init:
+    """Normal init with standard deviation 1 / sqrt(fan in), where the first `axes` axes are contracted."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.normal(key, shape, dtype) / math.sqrt(math.prod(shape[:axes]))
+
+    return init
+
+
+def fan_in_uniform(axes: int) -> Init:
+    """torch's default Linear init, U(-1/sqrt(fan in), 1/sqrt(fan in)); also peft's for the LoRA A matrix."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        bound = 1 / math.sqrt(math.prod(shape[:axes]))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def scanned(block: Any, depth: int, remat: str) -> Any:
+    """`block` repeated `depth` times over stacked parameters: one compiled body however deep the model.
+
+    Args:
+        block: a linen module class; its call takes the carry, then one scanned input, then broadcast inputs.
+        depth: L, number of layers.
+        remat: "none" or a name in `REMAT_POLICIES`.
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0, "attention": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class Dense(nn.Module):
+    """Linear map over the last `in_axes` axes, to one or several output axes.
+
+    y[..., *out] = x[..., *in] kernel[*in, *out] + bias[*out]; with `lora` also (alpha / R) (dropout(x) A[*in, R]) B[R, *out]. LoRA
+    dropout is active when a `dropout` rng is given.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    in_axes: int = 1
+    use_bias: bool = True
+    lora: LoraSpec | None = None
+    dtype: Any = jnp.float32
+    kernel_init: Init = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs = x.shape[x.ndim - self.in_axes :]
+        x = x.astype(self.dtype)
+        kernel_init = self.kernel_init or fan_in_normal(self.in_axes)
+        kernel = self.param("kernel", _named(kernel_init, self.axes), inputs + self.features, jnp.float32)
+        y = self._contract(x, kernel, self.in_axes)
+        if self.use_bias:
+            bias_axes = self.axes[self.in_axes :]
+            bias = self.param("bias", _named(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
+            y = y + bias.astype(self.dtype)
+        if self.lora is not None:
+            y = y + self._adapter(x, inputs, self.lora)
+        return y
+
+    def _adapter(self, x: Array, inputs: tuple[int, ...], spec: LoraSpec) -> Array:
+        def created(init: Init, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+            return _named(init, axes)(self.make_rng("params"), shape, jnp.float32)
+
+        a_axes = (*self.axes[: self.in_axes], "rank")
+        b_axes = ("rank", *self.axes[self.in_axes :])
+        a = self.variable("lora", "a", created, fan_in_uniform(self.in_axes), (*inputs, spec.rank), a_axes).value
+        b = self.variable("lora", "b", created, nn.initializers.zeros, (spec.rank, *self.features), b_axes).value
+        if spec.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(spec.dropout, deterministic=False)(x)
+        return self._contract(self._contract(x, a, self.in_axes), b, 1) * spec.scale
+
+    def _contract(self, x: Array, kernel: Array, axes: int) -> Array:
+        # As one two-dimensional product: the gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
+        batch, inputs, outputs = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
+        rows = x.reshape(-1, math.prod(inputs))
+        return (rows @ kernel.astype(self.dtype).reshape(rows.shape[1], -1)).reshape(batch + outputs)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over D, computed in float32 (Ba et al. 2016)."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", _named(nn.initializers.ones, ("norm",)), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", _named(nn.initializers.zeros, ("norm",)), x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        return ((x - mean) * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over D, computed in float32 (Zhang and Sennrich 2019)."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", _named(nn.initializers.ones, ("norm",)), x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """Rows of a table [V, D] by id."""
+
+    rows: int
+    width: int
+    axes: tuple[str, str] = ("vocab", "embed")
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        init = nn.initializers.normal(0.02)
+        table = self.param("embedding", _named(init, self.axes), (self.rows, self.width), jnp.float32)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class Mlp(nn.Module):
+    """Two-layer feed-forward with biases: fc2(activation(fc1(x)))."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        x = Dense((self.hidden,), ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_mlp"))
+        return Dense((width,), ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](x))
+
+
+def _named(init: Init, axes: tuple[str, ...]) -> Init:
+    return nn.with_logical_partitioning(init, axes)

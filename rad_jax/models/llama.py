@@ -1,0 +1,176 @@
+"""Llama decoder (Touvron et al. 2023): RMSNorm, rotary positions in Hugging Face's half-split layout, SwiGLU, grouped-query attention."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rad_jax.lora import LoraSpec
+from rad_jax.models.attention import attend, attention_weights
+from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
+
+Array = jax.Array
+Cache = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of the decoder."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    mlp_dim: int
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_positions: int = 4096
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where the tokens of a call stand. Positions int32 [B, S]; lengths int32 [B] of keys that exist, None when decoding."""
+
+    positions: Array
+    lengths: Array | None
+
+
+def rope(x: Array, positions: Array, theta: float) -> Array:
+    """Rotary position embedding (Su et al. 2021), first half of H paired with the second (Hugging Face's layout).
+
+    Args:
+        x: [B, S, N, H].
+        positions: int32 [B, S].
+        theta: base of the frequencies.
+
+    Returns:
+        [B, S, N, H] in x's dtype; angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def empty_cache(config: LlamaConfig, batch: int, length: int) -> Cache:
+    """Keys and values of all layers, zeros [L, B, length, K, H] each."""
+    shape = (config.depth, batch, length, config.kv_heads, config.head_dim)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it."""
+
+    config: LlamaConfig
+    lora: LoraSpec | None
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache | None, step: Step) -> tuple[Array, Cache]:
+        c = self.config
+
+        def heads(name: str, count: int, axis: str) -> Array:
+            y = _dense(c, self.lora, name, (count, c.head_dim), ("embed", axis, "head_dim"))(x)
+            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+
+        q = rope(heads("q", c.heads, "heads"), step.positions, c.rope_theta)
+        k = rope(heads("k", c.kv_heads, "kv_heads"), step.positions, c.rope_theta)
+        v = heads("v", c.kv_heads, "kv_heads")
+        if cache is None:
+            y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)
+            if self.is_mutable_collection("attention") and not self.is_initializing():
+                self.sow("attention", "weights", attention_weights(q, k, step.lengths, causal=True))
+        else:
+            rows = jnp.arange(x.shape[0])
+            here = step.positions[:, 0]
+            k = cache[0].at[rows, here].set(k[:, 0])
+            v = cache[1].at[rows, here].set(v[:, 0])
+            y = attend(q, k, v, here + 1, causal=False)
+        y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
+        return y, (k, v)
+
+
+class SwiGlu(nn.Module):
+    """Gated feed-forward (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    lora: LoraSpec | None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate = _dense(c, self.lora, "gate", (c.mlp_dim,), ("embed", "mlp"))(x)
+        up = _dense(c, self.lora, "up", (c.mlp_dim,), ("embed", "mlp"))(x)
+        y = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "act_mlp"))
+        return _dense(c, self.lora, "down", (c.width,), ("mlp", "embed"))(y)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    lora: LoraSpec | None
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache | None, step: Step) -> tuple[Array, Cache]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        y, cache = SelfAttention(c, self.lora, name="attn")(RMSNorm(c.eps, dtype, name="attn_norm")(x), cache, step)
+        x = x + y
+        return x + SwiGlu(c, self.lora, name="mlp")(RMSNorm(c.eps, dtype, name="mlp_norm")(x)), cache
+
+
+class Llama(nn.Module):
+    """The decoder in three pieces, so that image features can stand among the words and logits be computed where they are needed."""
+
+    config: LlamaConfig
+    lora: LoraSpec | None = None
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.embed = Embed(c.vocab_size, c.width, dtype=dtype)
+        self.layers = scanned(Block, c.depth, c.remat)(c, self.lora)
+        self.norm = RMSNorm(c.eps, dtype)
+        self.head = Dense((c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=dtype)
+
+    def embed_tokens(self, tokens: Array) -> Array:
+        """int32[B, T] -> [B, T, D]."""
+        return self.embed(tokens)
+
+    def decode(self, x: Array, step: Step, cache: Cache | None = None) -> tuple[Array, Cache]:
+        """Embeddings [B, S, D] through the layers and the final norm.
+
+        Returns:
+            Hidden states [B, S, D], and keys and values of all layers: of these S tokens without a cache, the updated cache with one.
+        """
+        x, cache = self.layers(x, cache, step)
+        return self.norm(x), cache
+
+    def logits(self, x: Array) -> Array:
+        """Hidden states [..., D] -> float32 [..., V]."""
+        return self.head(x).astype(jnp.float32)
+
+    def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
+        """Plain language model: int32[B, S] -> float32 logits [B, S, V]."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, _ = self.decode(self.embed_tokens(tokens), Step(positions, lengths))
+        return self.logits(x)
+
+
+def _dense(
+    config: LlamaConfig, lora: LoraSpec | None, name: str, features: tuple[int, ...], axes: tuple[str, ...], in_axes: int = 1
+) -> Dense:
+    spec = lora if lora is not None and name in lora.targets else None
+    return Dense(features, axes, in_axes, use_bias=False, lora=spec, dtype=jnp.dtype(config.dtype), name=name)
+
+
+jax.tree_util.register_dataclass(Step, data_fields=["positions", "lengths"], meta_fields=[])

@@ -1,0 +1,105 @@
+"""Vision transformer (Dosovitskiy et al. 2021) in timm's pre-norm form: the image tower of BiomedCLIP-CXR, OpenAI CLIP and DINOv2."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rad_jax.models.attention import EncoderAttention
+from rad_jax.models.layers import Dense, LayerNorm, Mlp, scanned
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """Shape of the tower. `feature_layer` picks a hidden state, counted as in LLaVA: 0 is the embedding, -1 the last block's output;
+    None is the whole tower with its final norm."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    eps: float = 1e-6
+    activation: str = "gelu"
+    patch_bias: bool = True
+    layer_scale: bool = False
+    pre_norm: bool = False
+    feature_layer: int | None = None
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    @property
+    def patches(self) -> int:
+        """P, the number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def blocks_used(self) -> int:
+        """How many blocks the chosen features need; later blocks have no parameters here and are not computed."""
+        if self.feature_layer is None:
+            return self.depth
+        return self.feature_layer if self.feature_layer >= 0 else self.depth + 1 + self.feature_layer
+
+
+class Block(nn.Module):
+    config: VitConfig
+
+    @nn.compact
+    def __call__(self, x: Array, _: None, __: None) -> tuple[Array, None]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        y = LayerNorm(c.eps, dtype, name="norm1")(x)
+        y = EncoderAttention(c.heads, dtype, c.attention, name="attn")(y, None)
+        x = x + self._scaled("ls1", y)
+        y = LayerNorm(c.eps, dtype, name="norm2")(x)
+        y = Mlp(c.mlp_dim, c.activation, dtype, name="mlp")(y)
+        return x + self._scaled("ls2", y), None
+
+    def _scaled(self, name: str, y: Array) -> Array:
+        """LayerScale (Touvron et al. 2021): a learned gain per channel."""
+        if not self.config.layer_scale:
+            return y
+        init = nn.with_logical_partitioning(nn.initializers.constant(1e-5), ("norm",))
+        return y * self.param(name, init, y.shape[-1:], jnp.float32).astype(y.dtype)
+
+
+class Vit(nn.Module):
+    """Images float[B, Y, X, C], normalised, to tokens [B, 1 + P, D]: class token first, then patches row by row."""
+
+    config: VitConfig
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = self._patches(images, dtype)
+        init: Any = nn.initializers.normal(0.02)
+        token = self.param("cls_token", _named(init, (None, None, "norm")), (1, 1, c.width), jnp.float32)
+        positions = self.param(
+            "pos_embed", _named(init, (None, None, "norm")), (1, 1 + c.patches, c.width), jnp.float32
+        )
+        token = jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width))
+        x = jnp.concatenate([token, x], axis=1) + positions.astype(dtype)
+        if c.pre_norm:
+            x = LayerNorm(c.eps, dtype, name="pre_norm")(x)
+        x, _ = scanned(Block, c.blocks_used, c.remat)(c, name="blocks")(x, None, None)
+        return LayerNorm(c.eps, dtype, name="norm")(x) if c.feature_layer is None else x
+
+    def _patches(self, images: Array, dtype: Any) -> Array:
+        """Non-overlapping convolution written as one matrix product: [B, Y, X, C] -> [B, P, D]."""
+        c = self.config
+        batch, height, width, channels = images.shape
+        p, rows, columns = c.patch_size, height // c.patch_size, width // c.patch_size
+        x = images.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        axes = ("patch_y", "patch_x", "channels", "embed")
+        embed = Dense((c.width,), axes, in_axes=3, use_bias=c.patch_bias, dtype=dtype, name="patch_embed")
+        return embed(x.reshape(batch, rows * columns, p, p, channels))
+
+
+def _named(init: Any, axes: tuple[str | None, ...]) -> Any:
+    return nn.with_logical_partitioning(init, axes)

@@ -1,0 +1,38 @@
+"""Image and text embeddings of the contrastive model, for retrieval; the ranks and their protocol live in evaluation/."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rad_jax.images import normalise
+from rad_jax.models.clip import Clip
+from rad_jax.state import Tree
+
+
+def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Embeds a split.
+
+    Args:
+        model: the two towers.
+        variables: their weights.
+        batches: of template "clip" (input_pipeline.eval_batches); rows of weight 0 are left out.
+
+    Returns:
+        images and texts float32 [n, E], unit length, and index int64 [n], the record numbers.
+    """
+
+    @jax.jit
+    def both(variables: Tree, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        images, texts, _ = model.apply(variables, normalise(batch["image"], jnp), batch["tokens"], batch["length"])
+        return images, texts
+
+    rows: dict[str, list[np.ndarray]] = {"images": [], "texts": [], "index": []}
+    for batch in batches:
+        images, texts = jax.device_get(both(variables, {name: batch[name] for name in ("image", "tokens", "length")}))
+        real = batch["weight"] > 0
+        for name, values in (("images", images), ("texts", texts), ("index", batch["index"])):
+            rows[name].append(values[real])
+    return {name: np.concatenate(values) for name, values in rows.items()}

@@ -1,0 +1,141 @@
+"""An exported bundle in PyTorch, through transformers alone: what anyone else would make of it."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rad_jax.errors import UserError, check_format
+from rad_jax.images import normalise
+from rad_jax.prompts import question
+
+RECORD = "rad_jax.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A loaded bundle: transformers' model (float32, on the CPU) and processor, and the contents of `rad_jax.json`."""
+
+    model: Any
+    processor: Any
+    record: dict[str, Any]
+
+    def prompt(self, image: np.ndarray, indication: str | None) -> list[int]:
+        """Token ids of the conversation's template, the image's placeholder once per patch.
+
+        Args:
+            image: uint8 [Y, X], square, of the tower's size.
+            indication: None where there is none.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": question(indication)}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._processed(image, text)["input_ids"][0].tolist()
+
+    def pixels(self, image: np.ndarray) -> np.ndarray:
+        """What the bundle's own image processor makes of uint8 [Y, X]: float32 [Y, X, C]."""
+        return self._processed(image, "<image>")["pixel_values"][0].permute(1, 2, 0).numpy()
+
+    def features(self, image: np.ndarray) -> np.ndarray:
+        """Patch features of the chosen block, float32 [P, D], of uint8 [Y, X]."""
+        import torch
+
+        tower = self.model.model.vision_tower
+        with torch.inference_mode():
+            states = tower(_tensor(image), output_hidden_states=True).hidden_states
+        return states[self.model.config.vision_feature_layer][0, 1:].numpy()
+
+    def logits(self, ids: list[int], image: np.ndarray) -> np.ndarray:
+        """Logits float32 [S, V] of one row of ids, placeholders expanded."""
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.tensor([ids]), pixel_values=_tensor(image))
+        return output.logits[0].float().numpy()
+
+    def greedy(self, ids: list[int], image: np.ndarray, max_new_tokens: int) -> list[int]:
+        """Ids that `generate` adds to the prompt with the bundle's own settings, the end of sequence included."""
+        import torch
+
+        tokens = torch.tensor([ids])
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                pixel_values=_tensor(image),
+                max_new_tokens=max_new_tokens,
+            )
+        return output[0, len(ids) :].tolist()
+
+    def text(self, ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _processed(self, image: np.ndarray, text: str) -> Any:
+        from PIL import Image
+
+        return self.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
+
+
+def load(bundle: Path) -> Reference:
+    """Loads a bundle after checking its files, and refuses one that transformers does not fill completely.
+
+    Raises:
+        UserError: not a bundle, another format version, a file that is missing or changed, or a tensor that is missing, unexpected or
+            of another shape.
+    """
+    record = check_files(bundle)
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, utils
+
+    utils.logging.disable_progress_bar()
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            bundle, dtype=torch.float32, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # safetensors and transformers raise many kinds on a damaged folder
+        raise UserError(f"{bundle}: PyTorch cannot load this bundle ({str(error).splitlines()[0]}).") from error
+    wrong = [
+        f"{kind} {', '.join(sorted(map(str, info[key])))}"
+        for kind, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("misshapen", "mismatched_keys"),
+        )
+        if info[key]
+    ]
+    if wrong:
+        raise UserError(f"{bundle}: the weights do not fill the PyTorch model: {'; '.join(wrong)}.")
+    return Reference(model.eval(), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
+
+
+def check_files(bundle: Path) -> dict[str, Any]:
+    """The contents of `rad_jax.json`, after comparing every file with its hash.
+
+    Raises:
+        UserError: there is no record, it is of another format version, or a file is missing or changed.
+    """
+    try:
+        record = json.loads((bundle / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{bundle} is not an exported bundle: {RECORD} is missing or damaged.") from error
+    check_format(record.get("format_version"), bundle / RECORD)
+    for name, expected in record["files"].items():
+        if not (bundle / name).is_file():
+            raise UserError(f"{bundle / name} is missing: export the bundle again.")
+        with open(bundle / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise UserError(
+                f"{bundle / name} is not the file that was exported (its hash differs): export the bundle again."
+            )
+    return record
+
+
+def _tensor(image: np.ndarray) -> Any:
+    """uint8 [Y, X] prepared as in training, as torch's [1, C, Y, X]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(normalise(image).transpose(2, 0, 1)[None]))

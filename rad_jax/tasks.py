@@ -1,0 +1,208 @@
+"""The two objectives. Each gives value_and_grad(trainable, frozen, batch, rng, num_micro) -> (loss_sum, weight, grads, metrics).
+
+`loss_sum` and `grads` are sums over the global batch and `weight` is what to divide them by (tokens, or pairs), so that a loop need not
+know the objective. Gradient accumulation is inside: `num_micro` slices of the batch go through the model one after another.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from rad_jax import sharding
+from rad_jax.checkpoint import Run
+from rad_jax.errors import UserError
+from rad_jax.images import normalise
+from rad_jax.lora import LoraSpec
+from rad_jax.models.bert import BertConfig
+from rad_jax.models.clip import Clip, ClipConfig
+from rad_jax.models.llama import LlamaConfig
+from rad_jax.models.llava import Llava, LlavaConfig
+from rad_jax.models.vit import VitConfig
+from rad_jax.state import Tree, join, select
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+
+class Result(NamedTuple):
+    """Sums over the batch: loss, weight, gradients, and metrics to be divided by the weight."""
+
+    loss_sum: Array
+    weight: Array
+    grads: Tree
+    metrics: dict[str, Array]
+
+
+def model_config(config: Any) -> ClipConfig | LlavaConfig:
+    """The model that `config.model` describes."""
+    model = config.model.to_dict() if hasattr(config.model, "to_dict") else config.model
+    vision = VitConfig(**model["vision"]) if model.get("vision") else None
+    if config.task == "contrastive":
+        assert vision is not None
+        return ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"])
+    lora = dict(model.get("lora") or {})
+    if lora:
+        lora["targets"] = tuple(lora["targets"])
+    return LlavaConfig(LlamaConfig(**model["llm"]), vision, LoraSpec(**lora) if lora else None)
+
+
+def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -> None:
+    """Refuses a tokenizer with more pieces than the model has rows.
+
+    Raises:
+        UserError: it has.
+    """
+    rows = config.text.vocab_size if isinstance(config, ClipConfig) else config.llm.vocab_size
+    if found > rows:
+        raise UserError(f"{where} has {found} pieces but the config's vocab_size is {rows}: set it to {found} or more.")
+
+
+def make_task(config: Any) -> "Generative | Contrastive":
+    """The task that `config.task` names, over the model that `config.model` describes."""
+    shape = model_config(config)
+    return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape))
+
+
+def restore(run: Run, mesh: Mesh) -> "tuple[Generative | Contrastive, Tree]":
+    """A finished run's task, and its variables placed on the mesh.
+
+    Raises:
+        UserError: the run and its bases do not give every variable.
+    """
+    task = make_task(ml_collections.ConfigDict(run.config))
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = nn.unbox(boxed)
+    variables = select(run.variables, shapes)
+    missing = flatten_dict(shapes, sep="/").keys() - flatten_dict(variables, sep="/").keys()
+    if missing:
+        raise UserError(f"{run.path} lacks {len(missing)} variables of its model, {min(missing)} the first: its bases are gone.")
+    return task, jax.tree.map(jax.device_put, variables, sharding.variable_shardings(boxed, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generative:
+    """Next-token prediction on the labelled positions; with images, or on text alone."""
+
+    model: Llava
+
+    def init(self, rng: Array) -> Any:
+        """Fresh variables, boxed with their logical axis names."""
+        c = self.model.config
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        images = None
+        if c.vision is not None:
+            images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3))
+        return self.model.init(rng, tokens, jnp.full((1,), 2), images, jnp.zeros((1, 1), jnp.int32))
+
+    def value_and_grad(self, trainable: Tree, frozen: Tree, batch: Batch, rng: Array, num_micro: int) -> Result:
+        def one(micro: Batch, index: Array) -> Result:
+            def loss(trainable: Tree) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+                logits = self._logits(join(trainable, frozen), micro, jax.random.fold_in(rng, index))
+                return _token_loss(logits, micro["targets"], micro["target_weights"])
+
+            (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+            return Result(loss_sum, weight, grads, metrics)
+
+        if num_micro == 1:
+            return one(batch, jnp.zeros((), jnp.int32))
+        micro = split_batch(batch, num_micro)
+        start = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), jnp.zeros((), jnp.int32)),
+        )
+
+        def add(total: Result, item: tuple[Batch, Array]) -> tuple[Result, None]:
+            return jax.tree.map(jnp.add, total, one(*item)), None
+
+        return jax.lax.scan(add, start, (micro, jnp.arange(num_micro)))[0]
+
+    def _logits(self, variables: Tree, batch: Batch, rng: Array) -> Array:
+        images = normalise(batch["image"], jnp) if "image" in batch else None
+        return self.model.apply(
+            variables, batch["tokens"], batch["length"], images, batch["target_positions"], rngs={"dropout": rng}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Symmetric cross-entropy between images and texts of the global batch (Radford et al. 2021)."""
+
+    model: Clip
+
+    def init(self, rng: Array) -> Any:
+        """Fresh variables, boxed with their logical axis names."""
+        size = self.model.config.vision.image_size
+        return self.model.init(rng, jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32), jnp.full((1,), 2))
+
+    def value_and_grad(self, trainable: Tree, frozen: Tree, batch: Batch, rng: Array, num_micro: int) -> Result:
+        del rng  # The towers have no dropout.
+
+        def features(trainable: Tree, micro: Batch) -> tuple[Array, Array, Array]:
+            images = normalise(micro["image"], jnp)
+            return self.model.apply(join(trainable, frozen), images, micro["tokens"], micro["length"])
+
+        def loss(trainable: Tree) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            return contrastive_loss(*features(trainable, batch), batch["weight"])
+
+        if num_micro == 1:
+            (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+            return Result(loss_sum, weight, grads, metrics)
+
+        # GradCache (Gao et al. 2021): the loss sees the global batch, the towers one micro-batch at a time.
+        micro = split_batch(batch, num_micro)
+        images, texts, scales = jax.lax.map(lambda m: features(trainable, m), micro)
+        weights = micro["weight"].reshape(-1)
+
+        def global_loss(images: Array, texts: Array, scale: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            width = images.shape[-1]
+            return contrastive_loss(images.reshape(-1, width), texts.reshape(-1, width), scale, weights)
+
+        gradient = jax.value_and_grad(global_loss, argnums=(0, 1, 2), has_aux=True)
+        (loss_sum, (weight, metrics)), (d_images, d_texts, d_scale) = gradient(images, texts, scales[0])
+
+        def add(total: Tree, item: tuple[Batch, Array, Array]) -> tuple[Tree, None]:
+            _, pull_back = jax.vjp(lambda t: features(t, item[0]), trainable)
+            (grads,) = pull_back((item[1], item[2], d_scale / num_micro))
+            return jax.tree.map(jnp.add, total, grads), None
+
+        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), (micro, d_images, d_texts))
+        return Result(loss_sum, weight, grads, metrics)
+
+
+def _token_loss(logits: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    """Summed cross-entropy: logits [B, U, V], targets int [B, U], weights [B, U]."""
+    logits = nn.with_logical_constraint(logits, ("batch", "length", "act_vocab"))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
+    correct = ((logits.argmax(-1) == targets) * weights).sum()
+    return losses.sum(), (weights.sum(), {"accuracy": correct})
+
+
+def contrastive_loss(
+    images: Array, texts: Array, scale: Array, weights: Array
+) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    """Summed over pairs: mean of image-to-text and text-to-image cross-entropy; unit vectors [B, E], weights [B] 0 for padding rows."""
+    hidden = jnp.where(weights > 0, 0.0, -jnp.inf)
+    logits = scale * images @ texts.T
+    to_text, to_image = logits + hidden[None, :], logits.T + hidden[None, :]
+    diagonal = jnp.diagonal(logits)
+    losses = (jax.nn.logsumexp(to_text, axis=1) + jax.nn.logsumexp(to_image, axis=1)) / 2 - diagonal
+    correct = (to_text.argmax(1) == jnp.arange(len(weights))) * weights
+    return (losses * weights).sum(), (weights.sum(), {"accuracy": correct.sum()})
+
+
+def split_batch(batch: Batch, num_micro: int) -> dict[str, Array]:
+    """[B, ...] -> [num_micro, B / num_micro, ...], each slice spread over all devices that hold the batch."""
+
+    def sliced(x: Array) -> Array:
+        x = x.reshape((x.shape[0] // num_micro, num_micro) + x.shape[1:]).swapaxes(0, 1)
+        return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    return {name: sliced(rows) for name, rows in batch.items()}

@@ -1,0 +1,179 @@
+"""The training loop, one for all stages: what is learned is decided by the task and by which variables train, both from the config."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from rad_jax import metrics, optim, sharding
+from rad_jax.checkpoint import Checkpointer
+from rad_jax.errors import UserError
+from rad_jax.state import TrainState, Tree, select, split, table
+
+Batch = Mapping[str, Any]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the train step
+
+
+def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int) -> Callable[..., Any]:
+    """The train step: (state, frozen, batch) -> (state, metrics). Frozen weights are an argument and nothing more: no gradient is taken."""
+
+    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        result = task.value_and_grad(state.trainable, frozen, batch, rng, num_micro)
+        weight = jnp.maximum(result.weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, result.grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        new = TrainState(
+            step=state.step + 1,
+            rng=state.rng,
+            trainable=optax.apply_updates(state.trainable, updates),
+            opt_state=opt_state,
+        )
+        numbers = {name: value / weight for name, value in result.metrics.items()}
+        numbers |= {"loss": result.loss_sum / weight, "grad_norm": optax.global_norm(grads)}
+        return new, numbers
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the loop
+
+
+def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: str, workdir: Path, mesh: Mesh) -> None:
+    """Trains until `config.steps`; run again, it goes on from the newest checkpoint.
+
+    Args:
+        config: the experiment.
+        task: an objective of `tasks`.
+        base: weights to start from (numpy), by path; may be empty.
+        batches: endless iterator over this process's batches, with get_state and set_state.
+        corpus_fingerprint: of the data; a checkpoint made with other data is refused.
+        workdir: where metrics.jsonl, checkpoints/ and loss.png go.
+        mesh: the devices.
+    """
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
+    checkpoints = Checkpointer(workdir, config.keep_checkpoints)
+    with jax.set_mesh(mesh):
+        state, frozen = initial(config, task, optimizer, base, mesh)
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state, position = restored
+            if position["fingerprint"] != corpus_fingerprint:
+                raise UserError(f"{workdir} was trained on another corpus: give that one in --data, or another --workdir.")
+            batches.set_state(position["batches"])
+        first = int(state.step)
+        if jax.process_index() == 0:
+            print(table(state.trainable, frozen))
+            print(f"resumed at step {first}" if first else "starting at step 0", f"on {dict(mesh.shape)}", flush=True)
+        where = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(make_step(task, optimizer, config.num_micro), out_shardings=(where, None), donate_argnums=0)
+        progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
+        meter = Meter(task.model.config.image_tokens)
+        with nn.logical_axis_rules(sharding.RULES):
+            for number in range(first + 1, config.steps + 1):
+                batch = meter.next(batches)
+                state, numbers = step(state, frozen, sharding.place_batch(batch, mesh))
+                progress.step()
+                if number % config.log_every == 0 or number in (1, config.steps):
+                    numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
+                    if not np.isfinite(numbers["loss"]):
+                        raise UserError(f"the loss is {numbers['loss']} at step {number}: lower optimizer.peak_lr.")
+                    progress.log({"step": number, "lr": float(rate(number - 1)), **numbers, **meter.read()})
+                if number % config.checkpoint_every == 0 or number == config.steps:
+                    checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
+        progress.close()
+    checkpoints.close()
+    if jax.process_index() == 0:
+        metrics.plot(workdir)
+
+
+def initial(
+    config: Any, task: Any, optimizer: optax.GradientTransformation, base: Tree, mesh: Mesh
+) -> tuple[TrainState, Tree]:
+    """State at step 0 and the frozen variables, placed on the mesh: from `base` where it has them, else freshly drawn.
+
+    Raises:
+        UserError: a frozen variable is not in `base`, or one has another shape there.
+    """
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    shapes, places = nn.unbox(boxed), sharding.variable_shardings(boxed, mesh)
+    trains, stays = (flatten_dict(tree, sep="/") for tree in split(shapes, config.trainable))
+    where, given = flatten_dict(places, sep="/"), flatten_dict(select(base, shapes), sep="/")
+    missing = sorted(stays.keys() - given.keys())
+    if missing:
+        raise UserError(
+            f"the config freezes {len(missing)} variables that no --base gives, {missing[0]} the first: "
+            "name the run (or runs, with commas) that trained them in --base."
+        )
+    fresh = trains.keys() - given.keys()
+
+    def draw() -> dict[str, jax.Array]:
+        drawn = flatten_dict(nn.unbox(task.init(jax.random.key(config.seed))), sep="/")
+        return {path: drawn[path] for path in fresh}
+
+    made = jax.jit(draw, out_shardings={path: where[path] for path in fresh})()
+    for path, leaf in given.items():
+        dtype = config.frozen_dtype if path in stays else "float32"
+        made[path] = jax.device_put(leaf.astype(jnp.dtype(dtype)), where[path])
+    trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
+    frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
+    return start(trainable, optimizer, config.seed, mesh), frozen
+
+
+def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """State at step 0 for weights that are already placed; moments live where their weights do."""
+    whole = sharding.replicated(mesh)
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
+    )
+    return TrainState(
+        step=jax.device_put(np.zeros((), np.int32), whole),
+        rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole),
+        trainable=trainable,
+        opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
+    )
+
+
+class Meter:
+    """Takes batches from an iterator and counts real tokens, rows without weight, and time between two readings."""
+
+    def __init__(self, image_tokens: int):
+        self._image_tokens = image_tokens
+        self._bad_rows = 0
+        self._restart()
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        self._steps += 1
+        self._tokens += int(batch["length"].sum()) + self._image_tokens * len(batch["length"]) * ("image" in batch)
+        self._bad_rows += int((batch["weight"] == 0).sum())
+        return batch
+
+    def read(self) -> dict[str, float]:
+        """Per step since the last reading: seconds, seconds waited for data, tokens per second; rows without weight in all."""
+        seconds = time.perf_counter() - self._since
+        row = {
+            "step_time_s": seconds / self._steps,
+            "data_wait_s": self._waited / self._steps,
+            "tokens_per_s": self._tokens * jax.process_count() / seconds,
+            "bad_rows": self._bad_rows,
+        }
+        self._restart()
+        return row
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0

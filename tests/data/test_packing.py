@@ -1,0 +1,185 @@
+"""Packing: whole or not at all, the same command twice does nothing, other arguments are refused."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from data import packing
+from data.packing import Arguments, pack
+from data.phantom.parser import parse
+from rad_jax import prompts
+from rad_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = Arguments(dataset="phantom", source=None, image_size=32, studies=20, seed=0, tokenizer=None, vocab_size=512)
+
+
+def run(*flags, **environment):
+    command = [sys.executable, "-m", "launch.pack", *flags]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "deep" / "corpus"
+    manifest, packed = pack(SMALL, out, workers=2, progress=False)
+    assert packed
+    return out, manifest
+
+
+def test_what_a_corpus_holds(corpus):
+    out, manifest = corpus
+    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "phantom", "skipped.csv", "tokenizer.json"]
+    assert [p.name for p in out.parent.iterdir()] == ["corpus"]
+    assert json.loads((out / "corpus.json").read_text()) == manifest
+    assert manifest["format_version"] == 1 and manifest["builder_dir"] == "phantom/1.0.0"
+    assert manifest["splits"] == {"train": 17, "validation": 1, "test": 2}
+    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}}
+    assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
+    tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])
+    assert tokenizer.vocab_size <= 512
+
+
+def test_records_read_back_without_tensorflow(corpus):
+    out, manifest = corpus
+    builder = tfds.builder_from_directory(out / manifest["builder_dir"])
+    for split, count in manifest["splits"].items():
+        rows = list(builder.as_data_source(split))
+        assert len(rows) == count
+        for row in rows:
+            assert row["image"].shape == (32, 32, 1) and row["frontal"] is True
+            truth = json.loads(row["annotations"])
+            said = parse(row["findings"].decode())
+            assert said == [(f["finding"], f["side"], f["size"], f["place"]) for f in truth]
+            assert all(len(f["box"]) == 4 for f in truth)
+    assert "tensorflow" not in sys.modules
+
+
+def test_packing_again_does_nothing(corpus):
+    out, manifest = corpus
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    again, packed = pack(SMALL, out, workers=1, progress=False)
+    assert not packed and again == manifest
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("change", [{"image_size": 48}, {"studies": 30}, {"seed": 1}, {"vocab_size": 600}])
+def test_other_arguments_are_refused(corpus, change):
+    out, _ = corpus
+    with pytest.raises(UserError, match=f"other arguments .*{next(iter(change))}"):
+        pack(dataclasses.replace(SMALL, **change), out, workers=1, progress=False)
+
+
+def test_the_same_corpus_whatever_the_number_of_workers(corpus, tmp_path):
+    manifest, _ = pack(SMALL, tmp_path / "c", workers=1, progress=False)
+    assert manifest["fingerprint"] == corpus[1]["fingerprint"]
+    other, _ = pack(dataclasses.replace(SMALL, seed=1), tmp_path / "d", workers=1, progress=False)
+    assert other["fingerprint"] != manifest["fingerprint"]
+
+
+def test_a_given_tokenizer_is_copied(corpus, tmp_path):
+    given = corpus[0] / "tokenizer.json"
+    small = dataclasses.replace(SMALL, tokenizer=str(given))
+    manifest, _ = pack(small, tmp_path / "c", workers=1, progress=False)
+    assert (tmp_path / "c" / manifest["tokenizer"]).read_bytes() == given.read_bytes()
+    with pytest.raises(UserError, match="nowhere"):
+        pack(dataclasses.replace(SMALL, tokenizer="nowhere.json"), tmp_path / "d", workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "folder"}, "needs --source"),
+        ({"source": "x"}, "takes no --source"),
+        ({"dataset": "other"}, "unknown data set"),
+        ({"image_size": 1}, "--image_size=1 is too small"),
+        ({"studies": 2}, "--studies=2 is too small"),
+        ({"vocab_size": 10}, "--vocab_size=10 is too small"),
+    ],
+)
+def test_wrong_arguments(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        pack(dataclasses.replace(SMALL, **change), tmp_path / "c", workers=1, progress=False)
+
+
+def test_a_folder_that_is_no_corpus_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no corpus"):
+        pack(SMALL, tmp_path, workers=1, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    assert pack(SMALL, tmp_path / "empty", workers=1, progress=False)[1]
+
+
+def test_a_corpus_of_another_format_or_a_damaged_manifest_is_refused(tmp_path, corpus):
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps(corpus[1] | {"format_version": 99}))
+    with pytest.raises(UserError, match="format_version 99"):
+        pack(SMALL, tmp_path, workers=1, progress=False)
+    path.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        pack(SMALL, tmp_path, workers=1, progress=False)
+
+
+def test_a_killed_pack_leaves_nothing_half_written(tmp_path):
+    out = tmp_path / "corpus"
+    flags = ["--dataset=phantom", "--image_size=112", f"--out={out}", "--workers=1"]
+    command = [sys.executable, "-m", "launch.pack", "--studies=5000", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    staging = tmp_path / ".corpus.packing"
+    try:
+        deadline = time.monotonic() + 60
+        while not list(staging.rglob("*incomplete*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        # A second pack of the same folder is told to wait.
+        with pytest.raises(UserError, match="another pack"):
+            pack(SMALL, out, workers=1, progress=False)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists() and staging.exists()
+    # The next pack cleans up, even with other arguments, and finishes.
+    assert pack(SMALL, out, workers=1, progress=False)[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, **kwargs):
+        raise RuntimeError("Failed to finalize: write() failed: No space left on device; writing x")
+
+    monkeypatch.setattr(packing.CorpusBuilder, "download_and_prepare", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        pack(SMALL, tmp_path / "c", workers=1, progress=False)
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path):
+    flags = ["--dataset=phantom", "--image_size=32", "--studies=10", f"--out={tmp_path / 'c'}", "--workers=1"]
+    first = run(*flags, PHANTOM_SEED="4")
+    assert first.returncode == 0, first.stderr
+    assert "read 10, written 10 (8 train, 1 validation, 1 test), skipped 0" in first.stdout
+    assert "packing: 100%" in first.stderr and "phantom-4-" not in first.stdout + first.stderr
+    again = run(*flags, PHANTOM_SEED="4")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    refused = run(*flags, PHANTOM_SEED="5")
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: ") and "seed 4 instead of 5" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    wrong = run(*flags, PHANTOM_SEED="many")
+    assert wrong.returncode == 2 and "PHANTOM_SEED='many'" in wrong.stderr
+
+
+def test_help_teaches_with_an_example():
+    shown = run("--help").stdout
+    assert "python -m launch.pack --dataset=folder --source=" in shown and "PHANTOM_SEED" in shown

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from evaluation import baselines
+
+
+def test_most_frequent_ignores_white_space_and_empty_reports() -> None:
+    assert baselines.most_frequent_report(["", "", "", "Clear lungs.", "b", " Clear\n lungs. "]) == "Clear lungs."
+    assert baselines.most_frequent_report(["b", "a"]) == "a"
+    with pytest.raises(ValueError, match="not empty"):
+        baselines.most_frequent_report(["", " "])
+
+
+def test_thumbnail_is_the_mean_of_blocks() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 48)).astype(np.uint8)
+    expected = image.reshape(16, 4, 16, 3).mean(axis=(1, 3)).reshape(-1)
+    # Pillow's box filter works in single precision.
+    np.testing.assert_allclose(baselines.thumbnail(image), expected, atol=1e-3)
+
+
+def test_nearest_equals_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    train, query = rng.normal(100, 50, (50, 256)).astype(np.float32), rng.normal(100, 50, (9, 256)).astype(np.float32)
+    monkeypatch.setattr(baselines, "_BLOCK", 4)
+    plain = [int(np.argmin(((train - q) ** 2).sum(axis=1))) for q in query]
+    assert baselines.nearest(train, query).tolist() == plain
+    reports = [str(i) for i in range(50)]
+    assert baselines.nearest_reports(train, reports, train[7:8]) == ["7"]
+    assert baselines.nearest_reports(train, reports, train[:0]) == []
+    with pytest.raises(ValueError, match="no training image"):
+        baselines.nearest(train[:0], query)
