@@ -14,10 +14,10 @@ import ml_collections
 from configs import common
 
 IMAGE_SIZE = 112
-VISION = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 512}
+VISION = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "unroll": 4}
 FEATURES = {**VISION, "feature_layer": -2}
-TEXT = {"vocab_size": 1024, "width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_positions": 64}
-LLM = {"vocab_size": 1024, "width": 192, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_dim": 512, "max_positions": 512}
+TEXT = {"vocab_size": 1024, "width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_positions": 64, "unroll": 2}
+LLM = {"vocab_size": 1024, "width": 192, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_dim": 512, "max_positions": 512, "unroll": 4}
 LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
 
 

@@ -15,10 +15,12 @@ from ml_collections import config_flags
 from rad_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
-_DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).")
+_DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).", required=True)
 _BASE = flags.DEFINE_list("base", [], "Runs that give the weights to start from, with commas; later ones win.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.")
-flags.mark_flags_as_required(["config", "data", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def main(_: Sequence[str]) -> None:
@@ -27,8 +29,8 @@ def main(_: Sequence[str]) -> None:
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    corpus = input_pipeline.Corpus.open(_DATA.value)
     task = tasks.make_task(config)
+    corpus = input_pipeline.Corpus.open(_DATA.value)
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     mesh = sharding.make_mesh(**config.mesh)
     tokenizer = corpus.tokenizer()

@@ -4,6 +4,7 @@ Frozen weights are not copied: a run records the runs its base weights came from
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,10 @@ from rad_jax.errors import UserError, check_format
 from rad_jax.state import TrainState, Tree, join
 
 
+# Bytes of a checkpoint beside its arrays: names, shapes, places.
+_OVERHEAD = 2**20
+
+
 class Checkpointer:
     """Saves and restores one run's `TrainState` and data position under WORKDIR/checkpoints; saving does not hold up the step."""
 
@@ -32,6 +37,15 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint, once the one before is written.
+
+        Raises:
+            OSError: it would not fit on the disk. Looked at before, because a disk that fills up under Orbax ends in its tracebacks.
+        """
+        self._manager.wait_until_finished()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        if shutil.disk_usage(self._manager.directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory))
         rest = {"step": state.step, "rng": state.rng, "opt_state": state.opt_state}
         self._manager.save(
             int(state.step),
@@ -60,9 +74,6 @@ class Checkpointer:
             ),
         )
         return TrainState(trainable=found["trainable"], **found["rest"]), found["data"]
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
 
     def close(self) -> None:
         """Waits for the save under way."""
@@ -100,7 +111,7 @@ def open_workdir(
         "config": config,
         "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
         "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
-        "bases": [{"path": os.path.relpath(b.path, workdir), "step": b.step, "sha256": b.sha256} for b in bases],
+        "bases": [{"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases],
     }
     file = workdir / "config.json"
     if not file.exists():
@@ -165,7 +176,8 @@ def load_run(path: Path) -> Run:
 
 def read_trainable(checkpoint: Path) -> Tree:
     """The trained weights of one checkpoint as numpy arrays, whatever mesh wrote them."""
-    with ocp.CheckpointManager(checkpoint.parent.absolute()) as manager:
+    handlers = {"trainable": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(checkpoint.parent.absolute(), item_handlers=handlers) as manager:
         step = int(checkpoint.name)
         tree = manager.item_metadata(step)["trainable"].tree
         like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)

@@ -1,8 +1,11 @@
 """Errors a user can cause, and how a command ends on one: one clear sentence on stderr and exit status 2."""
 
 import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from rad_jax import FORMAT_VERSION
 
@@ -25,15 +28,23 @@ def check_format(found: object, where: object) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -> None:
-    """Runs an absl main; a `UserError` or a failing disk ends in one sentence and exit status 2.
+    """Runs an absl main; a `UserError`, unusable flags or a failing disk end in one sentence and exit status 2.
 
     Args:
         main: gets argv, the command's name first.
         positional: whether the command takes arguments beside its flags.
     """
-    from absl import app, logging
+    from absl import app, flags, logging
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it moves
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return flags.FLAGS(argv)
+        except SystemExit:  # --help has printed its text, and absl would exit with 1
+            sys.exit(0)
+        except Exception as error:  # besides absl's own, whatever the file named in --config raises
+            fail(describe_flag_error(error))
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:
@@ -41,24 +52,66 @@ def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -
                 raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value (see --help).")
             return main(argv)
         except UserError as error:
-            message = str(error)
-        except OSError as error:
-            message = describe_os_error(error)
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+            fail(str(error))
+        except Exception as error:
+            message = describe_disk_error(error)
+            if message is None:
+                raise
+            fail(message)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe_flag_error(error: Exception) -> str:
+    """One sentence for flags that cannot be used, or a file in --config that cannot."""
+    from absl import flags
+
+    # The traceback that ml_collections puts into its message ends with what the config file had to say.
+    text = str(error).strip().splitlines()[-1].strip(" \"'")
+    if match := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{match[1]} is missing: give it (see --help)."
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"--{error.flagname} is unknown: see --help, and the config file for what --config. can set."
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, flags.Error):
+        return re.sub(r"^\w+Error: ", "", text)
+    return f"the config cannot be used ({type(error).__name__}: {text}): mend the file in --config or its settings."
+
+
+def describe_disk_error(error: BaseException) -> str | None:
+    """One sentence for a failed file operation, which may hide behind another library's exception; None for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return describe_os_error(seen)
+        if os.strerror(errno.ENOSPC) in str(seen):  # tensorstore raises ValueError, orbax its own
+            return describe_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def describe_os_error(error: OSError) -> str:
     """One sentence for a failed file operation."""
-    where = error.filename or "a file"
+    if error.errno is None:  # ml_collections raises its own over a config file that is missing
+        text = str(error).strip().splitlines()[-1]
+        if not (match := re.search(r"\[Errno (\d+)\] (.+): '(.+)'", text)):
+            return text
+        error = OSError(int(match[1]), match[2], match[3])
+    where = error.filename or "writing failed"
     advice = {
-        errno.ENOSPC: "the disk is full: free some space and run the same command again; finished steps are kept.",
+        errno.ENOSPC: "the disk is full: free some space and run the same command again.",
         errno.EDQUOT: "the disk quota is used up: free some space and run the same command again.",
         errno.EACCES: "permission denied: choose a folder you may write to.",
         errno.EROFS: "the file system is read-only: choose another folder.",
         errno.ENOENT: "no such file or folder: check the path.",
+        errno.EEXIST: "this is a file, not a folder: choose another path.",
         errno.ENOTDIR: "a part of this path is a file, not a folder: check the path.",
     }
-    return f"{where}: {advice.get(error.errno or 0, error.strerror or str(error))}"
+    return f"{where}: {advice.get(error.errno or 0, error.strerror)}"

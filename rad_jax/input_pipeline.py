@@ -240,6 +240,33 @@ def eval_batches(
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
 
 
+def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:
+    """Most tokens and most targets that a row of this split needs, each rounded up to a multiple of 8; reads every text once."""
+    source, tokenizer = corpus.source(split), corpus.tokenizer()
+    text = targets = 0
+    for number in range(len(source)):
+        record = source[number]
+        findings = record["findings"] or (record["impression"] if template == "clip" else "")
+        example = render(tokenizer, template, findings, record["indication"] or None, limit=2**31)
+        text = max(text, len(example.ids))
+        targets = max(targets, sum(label != prompts.NO_LOSS for label in example.labels))
+    return -(-text // 8) * 8, 0 if template in _WITHOUT_TARGETS else -(-targets // 8) * 8
+
+
+def render(
+    tokenizer: prompts.Tokenizer, template: str, findings: str, indication: str | None, limit: int
+) -> prompts.Example:
+    """A record's texts as one of TEMPLATES; only "clip" cuts, to `limit` tokens."""
+    if template == "text":
+        return prompts.render_text(tokenizer, findings)
+    if template == "plain":
+        return prompts.render_plain(tokenizer, findings)
+    if template == "clip":
+        return prompts.render_clip(tokenizer, findings, limit)
+    answer = None if template == "prompt" else findings
+    return prompts.render_v1(tokenizer, prompts.question(indication), answer)
+
+
 class _Rows:
     """Turns a record number into a row: the fields of a batch without the axis B."""
 
@@ -280,16 +307,8 @@ class _Rows:
         return row
 
     def _render(self, findings: str, indication: str | None) -> prompts.Example:
-        tokenizer = self._tokenizer
-        if self._template == "text":
-            return prompts.render_text(tokenizer, findings)
-        if self._template == "plain":
-            return prompts.render_plain(tokenizer, findings)
-        if self._template == "clip":
-            # One more than fits, to see whether it does.
-            return prompts.render_clip(tokenizer, findings, self._text_length + 1)
-        answer = None if self._template == "prompt" else findings
-        return prompts.render_v1(tokenizer, prompts.question(indication), answer)
+        # For "clip" one more token than fits, to see whether it does.
+        return render(self._tokenizer, self._template, findings, indication, self._text_length + 1)
 
     def _text_row(self, text: str, indication: str | None) -> dict[str, Any]:
         """Tokens and targets, cut at the end to T and U; weight 0 without a text to learn from or a whole prompt."""

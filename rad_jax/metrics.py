@@ -1,10 +1,11 @@
 """A run's numbers: one JSON line per logged step, a progress bar for people, and the loss curve as a picture."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ class Progress:
     """Writes metrics.jsonl, and shows a bar on a terminal or plain lines elsewhere. Only process 0 writes and shows."""
 
     def __init__(self, workdir: Path, steps: int, start: int, name: str, active: bool):
-        self._file = (workdir / "metrics.jsonl").open("a") if active else None
+        self._file = _append(workdir / "metrics.jsonl") if active else None
         self._lines = active and not sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=start, desc=name, unit="step", disable=not active or self._lines, dynamic_ncols=True
@@ -41,10 +42,18 @@ class Progress:
             self._file.close()
 
 
+def _append(file: Path) -> TextIO:
+    """Opens to append, after the last whole line: a full disk or a kill may have left half of one."""
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    return file.open("a")
+
+
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; of a step that was logged twice (before and after a resume) the later one."""
     file = workdir / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    text = file.read_text() if file.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return list({row["step"]: row for row in rows}.values())
 
 

@@ -1,5 +1,6 @@
 """Learning-rate schedule, clipping and AdamW; built for the trainable tree only, so that frozen weights have no optimizer state."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,8 +8,8 @@ import optax
 
 
 def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear warmup from zero, then a cosine to zero, as Hugging Face's `get_cosine_schedule_with_warmup`."""
-    warmup = max(1, round(steps * warmup_ratio))
+    """Linear warmup from zero, then a cosine to zero, as Hugging Face's `get_cosine_schedule_with_warmup` in its Trainer."""
+    warmup = math.ceil(steps * warmup_ratio)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), 0.0)
 
 

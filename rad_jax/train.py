@@ -1,5 +1,6 @@
 """The training loop, one for all stages: what is learned is decided by the task and by which variables train, both from the config."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int
             opt_state=opt_state,
         )
         numbers = {name: value / weight for name, value in result.metrics.items()}
-        numbers |= {"loss": result.loss_sum / weight, "grad_norm": optax.global_norm(grads)}
+        numbers |= {"loss": result.loss_sum / weight, "grad_norm": optax.tree.norm(grads)}
         return new, numbers
 
     return step
@@ -63,8 +64,7 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
     """
     optimizer = optim.optimizer(config.optimizer, config.steps)
     rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
-    checkpoints = Checkpointer(workdir, config.keep_checkpoints)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)) as checkpoints:
         state, frozen = initial(config, task, optimizer, base, mesh)
         restored = checkpoints.restore(state)
         if restored is not None:
@@ -85,15 +85,16 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
                 batch = meter.next(batches)
                 state, numbers = step(state, frozen, sharding.place_batch(batch, mesh))
                 progress.step()
-                if number % config.log_every == 0 or number in (1, config.steps):
+                saves = number % config.checkpoint_every == 0 or number == config.steps
+                if saves or number % config.log_every == 0 or number == 1:
+                    # Read before saving, so that no checkpoint holds weights that are no numbers.
                     numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
-                    if not np.isfinite(numbers["loss"]):
+                    if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
                         raise UserError(f"the loss is {numbers['loss']} at step {number}: lower optimizer.peak_lr.")
                     progress.log({"step": number, "lr": float(rate(number - 1)), **numbers, **meter.read()})
-                if number % config.checkpoint_every == 0 or number == config.steps:
+                if saves:
                     checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
         progress.close()
-    checkpoints.close()
     if jax.process_index() == 0:
         metrics.plot(workdir)
 

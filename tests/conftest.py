@@ -1,7 +1,9 @@
 """Set-up before any test module imports jax, and the fixture for real test data."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +24,123 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip(f"no real test data: {REAL} does not exist")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed phantom of 24 studies, 32 pixels and 512 pieces."""
+    from data import packing
+
+    out = tmp_path_factory.mktemp("tiny") / "corpus"
+    arguments = packing.Arguments(
+        dataset="phantom", source=None, image_size=32, studies=24, seed=0, tokenizer=None, vocab_size=512
+    )
+    packing.pack(arguments, out, workers=1, progress=False)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What `launch.train` does, in this process, on the tiny corpus, with a model of width 32."""
+
+    corpus: Path
+
+    def config(self, stage: str, **changes: Any) -> Any:
+        """An experiment for stage lm, 1, 2 or 3; `changes` are its top-level settings."""
+        from configs import common
+
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 3, "heads": 2, "mlp_dim": 64}
+        seen = {**vision, "feature_layer": -2}
+        text = {"vocab_size": 512, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "max_positions": 64}
+        llm = {"vocab_size": 512, "width": 32, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_dim": 64}
+        lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+        task, model, trainable, template, length, targets = {
+            "lm": ("generative", {"llm": llm}, ("params/llm/.*",), "text", 64, 63),
+            "stage1": ("contrastive", {"vision": vision, "text": text, "embed_dim": 16}, (".*",), "clip", 64, 0),
+            "stage2": ("generative", {"vision": seen, "llm": llm}, ("params/projector/.*",), "plain", 64, 62),
+            "stage3": (
+                *("generative", {"vision": seen, "llm": llm, "lora": lora}),
+                *(("params/projector/.*", "lora/.*"), "v1", 160, 64),
+            ),
+        }[stage]
+        data = {"template": template, "text_length": length, "target_length": targets}
+        config = common.experiment(task, model, trainable, data, steps=4, batch_size=8)
+        config.update({"log_every": 1, "checkpoint_every": 2, **changes})
+        return config
+
+    def batches(self, config: Any) -> Any:
+        """The endless iterator of an experiment."""
+        from rad_jax.input_pipeline import Corpus, train_iterator
+
+        return train_iterator(
+            Corpus.open(self.corpus),
+            "train",
+            template=config.data.template,
+            batch_size=config.batch_size,
+            text_length=config.data.text_length,
+            target_length=config.data.target_length,
+            image_size=32,
+            seed=config.seed,
+            frontal_only=True,
+        )
+
+    def mesh(self, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
+        """A mesh over the first so many devices."""
+        import jax
+        import numpy as np
+        from jax.sharding import AxisType, Mesh
+
+        from rad_jax.sharding import AXES
+
+        shape = (data, fsdp, tensor)
+        devices = np.asarray(jax.devices()[: data * fsdp * tensor]).reshape(shape)
+        return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def run(
+        self, config: Any, workdir: Path, bases: tuple[Path, ...] = (), *, stop: int | None = None, mesh: Any = None
+    ) -> None:
+        """Trains; with `stop`, as if killed after that many batches."""
+        from rad_jax import checkpoint, state, tasks, train
+        from rad_jax.input_pipeline import Corpus
+
+        corpus = Corpus.open(self.corpus)
+        runs = [checkpoint.load_run(path) for path in bases]
+        checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, self.corpus / "tokenizer.json", runs)
+        base = state.join(*(run.variables for run in runs))
+        batches: Any = self.batches(config)
+        if stop is not None:
+            batches = Interrupted(batches, stop)
+        task = tasks.make_task(config)
+        train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh or self.mesh())
+
+
+class Interrupted:
+    """An iterator that raises KeyboardInterrupt after some batches."""
+
+    def __init__(self, batches: Any, left: int):
+        self._batches, self._left = batches, left
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return next(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+@pytest.fixture(scope="session")
+def training(tiny_corpus: Path) -> Training:
+    return Training(tiny_corpus)
+
+
+@pytest.fixture(scope="session")
+def chain(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four finished runs lm, stage1, stage2 and stage3, each on the ones before."""
+    folder = tmp_path_factory.mktemp("chain")
+    training.run(training.config("lm"), folder / "lm")
+    training.run(training.config("stage1"), folder / "stage1")
+    training.run(training.config("stage2"), folder / "stage2", (folder / "lm", folder / "stage1"))
+    training.run(training.config("stage3"), folder / "stage3", (folder / "stage2",))
+    return folder

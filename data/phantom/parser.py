@@ -53,6 +53,17 @@ def parse(text: str) -> list[Key]:
     return sorted(kept, key=lambda k: FINDINGS.index(k[0]))
 
 
+def locate(text: str, name: str) -> tuple[int, int] | None:
+    """Where in the text the words that name a finding stand, first mention that is not a denial; None when there is none."""
+    for sentence in re.finditer(r"[^.\n]+", text):
+        lower = sentence.group().lower()
+        if name in (key[0] for key in parse(lower)):
+            for match in _MENTION.finditer(lower):
+                if match.lastgroup == name:
+                    return sentence.start() + match.start(), sentence.start() + match.end()
+    return None
+
+
 def parse_denied(text: str) -> list[str]:
     """Names of the findings that a report denies and does not state, in the order of `FINDINGS`."""
     denied = {name for name, no, _ in _mentions(text) if no}

@@ -1,7 +1,7 @@
 """The one attention function, and the self-attention of the two encoders."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from rad_jax.models.layers import Dense
 
 Array = jax.Array
+Impl = Literal["xla", "cudnn"]
 
 
-def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool, impl: str = "xla") -> Array:
+def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool, impl: Impl = "xla") -> Array:
     """Scaled dot-product attention with lengths instead of masks.
 
     Args:
@@ -47,7 +48,7 @@ class EncoderAttention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
-    impl: str = "xla"
+    impl: Impl = "xla"
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array | None) -> Array:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rad_jax.models.attention import EncoderAttention
+from rad_jax.models.attention import EncoderAttention, Impl
 from rad_jax.models.layers import Embed, LayerNorm, Mlp, scanned
 
 Array = jax.Array
@@ -26,7 +26,8 @@ class BertConfig:
     eps: float = 1e-12
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    unroll: int = 1
+    attention: Impl = "xla"
 
 
 class Block(nn.Module):
@@ -69,5 +70,5 @@ class Bert(nn.Module):
     def __call__(self, tokens: Array, lengths: Array) -> Array:
         c = self.config
         x = Embeddings(c, name="embeddings")(tokens)
-        x, _ = scanned(Block, c.depth, c.remat)(c, name="layers")(x, None, lengths)
+        x, _ = scanned(Block, c.depth, c.remat, c.unroll)(c, name="layers")(x, None, lengths)
         return x

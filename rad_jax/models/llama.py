@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rad_jax.lora import LoraSpec
-from rad_jax.models.attention import attend, attention_weights
+from rad_jax.models.attention import Impl, attend, attention_weights
 from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
 
 Array = jax.Array
@@ -29,7 +29,8 @@ class LlamaConfig:
     max_positions: int = 4096
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    unroll: int = 1
+    attention: Impl = "xla"
 
     @property
     def head_dim(self) -> int:
@@ -138,7 +139,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         self.embed = Embed(c.vocab_size, c.width, dtype=dtype)
-        self.layers = scanned(Block, c.depth, c.remat)(c, self.lora)
+        self.layers = scanned(Block, c.depth, c.remat, c.unroll)(c, self.lora)
         self.norm = RMSNorm(c.eps, dtype)
         self.head = Dense((c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=dtype)
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rad_jax.models.attention import EncoderAttention
+from rad_jax.models.attention import EncoderAttention, Impl
 from rad_jax.models.layers import Dense, LayerNorm, Mlp, scanned
 
 Array = jax.Array
@@ -32,7 +32,8 @@ class VitConfig:
     feature_layer: int | None = None
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    unroll: int = 1
+    attention: Impl = "xla"
 
     @property
     def patches(self) -> int:
@@ -87,7 +88,7 @@ class Vit(nn.Module):
         x = jnp.concatenate([token, x], axis=1) + positions.astype(dtype)
         if c.pre_norm:
             x = LayerNorm(c.eps, dtype, name="pre_norm")(x)
-        x, _ = scanned(Block, c.blocks_used, c.remat)(c, name="blocks")(x, None, None)
+        x, _ = scanned(Block, c.blocks_used, c.remat, c.unroll)(c, name="blocks")(x, None, None)
         return LayerNorm(c.eps, dtype, name="norm")(x) if c.feature_layer is None else x
 
     def _patches(self, images: Array, dtype: Any) -> Array:

@@ -67,18 +67,19 @@ def plain_example(tokenizer_path) -> Example:
 
 
 def make_example(tokenizer_path: Path, layer_scale: bool) -> Example:
+    vision = VitConfig(
+        image_size=28,
+        patch_size=7,
+        width=24,
+        depth=3,
+        heads=4,
+        mlp_dim=48,
+        layer_scale=layer_scale,
+        feature_layer=-2,
+    )
     config = LlavaConfig(
         LlamaConfig(vocab_size=512, width=32, depth=2, heads=4, kv_heads=2, mlp_dim=48, max_positions=256),
-        VitConfig(
-            image_size=28,
-            patch_size=7,
-            width=24,
-            depth=3,
-            heads=4,
-            mlp_dim=48,
-            layer_scale=layer_scale,
-            feature_layer=-2,
-        ),
+        vision,
         LoraSpec(rank=4, alpha=8.0, targets=("q", "o", "down")),
     )
     rng = np.random.default_rng(1)
@@ -97,7 +98,7 @@ def make_example(tokenizer_path: Path, layer_scale: bool) -> Example:
     variables = tables.unflatten({path: drawn(path, leaf.shape) for path, leaf in leaves.items()})
     # Sharp logits, so that greedy texts do not hang on rounding.
     variables["params"]["llm"]["head"]["kernel"] *= 2
-    whole = timm_vit.table(dataclasses.replace(config.vision, feature_layer=None))
+    whole = timm_vit.table(dataclasses.replace(vision, feature_layer=None))
     tower = {name: drawn(name, shape) for name, shape in whole.shapes().items()}
     variables["params"]["vision"] = tables.load(whole, tower)
     studies = [

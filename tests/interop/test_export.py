@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -94,7 +95,7 @@ def make_run(example, tmp_path):
     open_workdir(workdir, {"task": "generative", "model": model}, corpus, example.tokenizer, [])
     checkpoints = Checkpointer(workdir, keep=1)
     state = TrainState(
-        step=np.int32(5), rng=np.zeros(2, np.uint32), trainable=example.variables, opt_state={"x": np.ones(1)}
+        step=jnp.int32(5), rng=jnp.zeros(2, jnp.uint32), trainable=example.variables, opt_state={"x": np.ones(1)}
     )
     checkpoints.save(state, {"batches": {}, "fingerprint": "none"})
     checkpoints.close()

@@ -61,8 +61,8 @@ def greedy(params, tokens, lengths, new):
     for step in range(new - 1):
         logits, cache = extend(jnp.argmax(logits, -1).astype(jnp.int32), positions + step, cache)
         seen.append(logits)
-    seen = jnp.stack(seen, axis=1)
-    return np.asarray(jnp.argmax(seen, -1)), seen
+    cached = jnp.stack(seen, axis=1)
+    return np.asarray(jnp.argmax(cached, -1)), cached
 
 
 def test_cache_equals_full_forward_and_greedy_generation(model, params, parity):

@@ -20,18 +20,20 @@ transformers = pytest.importorskip("transformers")
 
 AGAINST = "transformers LLaVA"
 IMAGE = 95  # transformers' placeholder must be a row of the table
+VISION = VitConfig(
+    image_size=28, patch_size=7, width=24, depth=3, heads=4, mlp_dim=96, layer_scale=True, feature_layer=-2
+)
 CONFIG = LlavaConfig(
     LlamaConfig(vocab_size=96, width=32, depth=2, heads=4, kv_heads=2, mlp_dim=48),
-    VitConfig(image_size=28, patch_size=7, width=24, depth=3, heads=4, mlp_dim=96, layer_scale=True, feature_layer=-2),
+    VISION,
 )
 SPEC = LoraSpec(rank=4, alpha=2.0)
-PATCHES = CONFIG.vision.patches
+PATCHES = VISION.patches
 # Two rows with the image at different places, the second one padded; labels at the last words of each.
 TOKENS = np.array([[1, 7, IMAGE_ID, 9, 10, 11, 12, 13], [1, IMAGE_ID, 20, 21, 22, 23, 0, 0]], np.int32)
 LENGTHS = np.array([8, 6], np.int32)
-PREDICTING = np.array(
-    [[1, 4, 5, 6], [0, 2, 3, 4]], np.int32
-)  # places in TOKENS whose logits are compared, words on both sides
+# Places in TOKENS whose logits are compared, words on both sides of the image.
+PREDICTING = np.array([[1, 4, 5, 6], [0, 2, 3, 4]], np.int32)
 TARGETS = np.array([[8, 11, 12, 13], [8, 21, 22, 23]], np.int32)
 IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
 

