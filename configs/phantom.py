@@ -14,11 +14,20 @@ import ml_collections
 from configs import common
 
 IMAGE_SIZE = 112
-VISION = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "unroll": 4}
+VISION = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 192, "depth": 3, "heads": 6, "mlp_dim": 576, "unroll": 3}
 FEATURES = {**VISION, "feature_layer": -2}
-TEXT = {"vocab_size": 1024, "width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_positions": 64, "unroll": 2}
-LLM = {"vocab_size": 1024, "width": 192, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_dim": 512, "max_positions": 512, "unroll": 4}
-LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+TEXT = {"vocab_size": 1024, "width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_positions": 512, "unroll": 2}
+LLM = {
+    "vocab_size": 1024,
+    "width": 128,
+    "depth": 4,
+    "heads": 4,
+    "kv_heads": 4,
+    "mlp_dim": 384,
+    "max_positions": 512,
+    "unroll": 4,
+}
+LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 def get_config(arg: str = "stage3") -> ml_collections.ConfigDict:
@@ -26,14 +35,19 @@ def get_config(arg: str = "stage3") -> ml_collections.ConfigDict:
     name, _, variant = arg.partition(",")
     stages = {"lm": lm, "stage1": stage1, "stage2": stage2, "stage3": stage3}
     if name not in stages or variant not in ("", "full"):
-        raise ValueError(f"configs/phantom.py:{arg} is unknown; choose {', '.join(stages)}, with ',full' for the long run")
-    return stages[name](full=variant == "full")
+        raise ValueError(
+            f"configs/phantom.py:{arg} is unknown; choose {', '.join(stages)}, with ',full' for the long run"
+        )
+    config = stages[name](full=variant == "full")
+    config.checkpoint_every = 100
+    return config
 
 
 def lm(full: bool) -> ml_collections.ConfigDict:
-    """Text pretraining of the small language model: no image."""
-    data = {"template": "text", "text_length": 56, "target_length": 55}
-    config = common.experiment("generative", {"llm": LLM}, ("params/llm/.*",), data, steps=300, batch_size=64)
+    """Text pretraining of the small language model: findings from impressions, no image."""
+    data = {"template": "text", "text_length": 128, "target_length": 56}
+    steps = 600 if full else 300
+    config = common.experiment("generative", {"llm": LLM}, ("params/llm/.*",), data, steps=steps, batch_size=32)
     config.optimizer.update(peak_lr=2e-3, weight_decay=0.1, clip=1.0, b2=0.95)
     return config
 
@@ -42,26 +56,28 @@ def stage1(full: bool) -> ml_collections.ConfigDict:
     """Contrastive image and text towers."""
     model = {"vision": VISION, "text": TEXT, "embed_dim": 128}
     data = {"template": "clip", "text_length": 56}
-    config = common.experiment("contrastive", model, (".*",), data, steps=400, batch_size=128)
-    config.optimizer.update(peak_lr=1e-3, weight_decay=0.1, clip=1.0, b2=0.98, warmup_ratio=0.05)
+    steps = 600 if full else 260
+    config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=64)
+    config.optimizer.update(peak_lr=1e-3, weight_decay=0.05, clip=1.0, b2=0.98, warmup_ratio=0.2)
     return config
 
 
 def stage2(full: bool) -> ml_collections.ConfigDict:
     """The projector alone."""
-    data = {"template": "plain", "text_length": 56, "target_length": 54}
+    data = {"template": "plain", "text_length": 56, "target_length": 56}
     model = {"vision": FEATURES, "llm": LLM}
-    config = common.experiment("generative", model, ("params/projector/.*",), data, steps=150, batch_size=32)
-    config.optimizer.update(peak_lr=2e-3, clip=1.0)
+    steps = 300 if full else 100
+    config = common.experiment("generative", model, ("params/projector/.*",), data, steps=steps, batch_size=16)
+    config.optimizer.update(peak_lr=5e-3, clip=1.0)
     return config
 
 
 def stage3(full: bool) -> ml_collections.ConfigDict:
     """Projector and LoRA."""
-    data = {"template": "v1", "text_length": 112, "target_length": 54}
+    data = {"template": "v1", "text_length": 112, "target_length": 56}
     model = {"vision": FEATURES, "llm": LLM, "lora": LORA}
-    config = common.experiment(
-        "generative", model, ("params/projector/.*", "lora/.*"), data, steps=400, batch_size=32
-    )
-    config.optimizer.update(peak_lr=2e-3, clip=1.0)
+    steps = 2500 if full else 700
+    trainable = ("params/projector/.*", "lora/.*")
+    config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=16)
+    config.optimizer.update(peak_lr=5e-3, clip=1.0)
     return config

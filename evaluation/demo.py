@@ -16,7 +16,12 @@ from rad_jax import images, metrics
 from rad_jax.input_pipeline import Corpus
 
 CARDS = 12
-STAGES = {"lm": "Language model (text)", "stage1": "Stage 1: contrastive towers", "stage2": "Stage 2: projector", "stage3": "Stage 3: LoRA"}
+STAGES = {
+    "lm": "Language model (text)",
+    "stage1": "Stage 1: contrastive towers",
+    "stage2": "Stage 2: projector",
+    "stage3": "Stage 3: LoRA",
+}
 FLOORS = {"findings_macro_f1": 0.60, "laterality_accuracy": 0.85, "retrieval_r5": 0.40}
 
 
@@ -102,10 +107,19 @@ def _tiles(summary: dict[str, Any]) -> list[page.Tile]:
         frequent, thumbnail = summary["baseline_frequent_f1"], summary["baseline_thumbnail_f1"]
         floors = FLOORS
         marks = [(floors["findings_macro_f1"], "floor"), (thumbnail, "nearest thumbnail")]
-        note = f"{summary['findings_classes']} findings, {summary['studies']} studies; most frequent report {frequent:.2f}"
+        note = (
+            f"{summary['findings_classes']} findings, {summary['studies']} studies; most frequent report {frequent:.2f}"
+        )
         tiles.append(tile("Finding macro F1", "findings_macro_f1", note, marks))
         note = f"of {summary['laterality_n']} findings with a side"
-        tiles.append(tile("Right side named", "laterality_accuracy", note, [(floors["laterality_accuracy"], "floor"), (0.5, "chance")]))
+        tiles.append(
+            tile(
+                "Right side named",
+                "laterality_accuracy",
+                note,
+                [(floors["laterality_accuracy"], "floor"), (0.5, "chance")],
+            )
+        )
         half = [(summary["findings_macro_f1"] / 2, "half of the score above")]
         tiles.append(tile("Macro F1 on noise", "noise_macro_f1", "must fall: the model looks", half))
         tiles.append(tile("Macro F1 on another's image", "shuffled_macro_f1", "must fall: the model looks", half))
@@ -126,15 +140,20 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
     if "findings" in systems["prediction"]:
         per_finding = systems["prediction"]["findings"]["per_finding"]
         rows = [
-            [name.replace("_", " "), s["precision"], s["recall"], s["f1"], s["support"]] for name, s in per_finding.items()
+            [name.replace("_", " "), s["precision"], s["recall"], s["f1"], s["support"]]
+            for name, s in per_finding.items()
         ]
-        tables.append(page.Table(title="Findings", columns=["finding", "precision", "recall", "F1", "support"], rows=rows, bar=3))
+        tables.append(
+            page.Table(title="Findings", columns=["finding", "precision", "recall", "F1", "support"], rows=rows, bar=3)
+        )
     rows = []
     for name, system in systems.items():
         found = system.get("findings", {})
         score, side = (found.get(key, {}).get("value") for key in ("macro_f1", "laterality"))
         text = system["text"]
-        rows.append([name, score, side, text["bleu1"]["value"] / 100, text["bleu4"]["value"] / 100, text["rouge_l"]["value"]])
+        rows.append(
+            [name, score, side, text["bleu1"]["value"] / 100, text["bleu4"]["value"] / 100, text["rouge_l"]["value"]]
+        )
     columns = ["system", "finding macro F1", "laterality", "BLEU-1", "BLEU-4", "ROUGE-L"]
     return [*tables, page.Table(title="Against simple baselines", columns=columns, rows=rows)]
 
@@ -149,7 +168,9 @@ def _studies(out: Path, corpus: Corpus, parse: Parser | None) -> list[page.Study
     return [_study(row, records[row["id"]], words.get(row["id"]), maps, parse) for row in rows[:CARDS]]
 
 
-def _study(row: dict[str, str], record: dict[str, Any], word: dict[str, Any] | None, maps: Any, parse: Parser | None) -> page.Study:
+def _study(
+    row: dict[str, str], record: dict[str, Any], word: dict[str, Any] | None, maps: Any, parse: Parser | None
+) -> page.Study:
     image = images.decode_png(record["image"])
     image = images.centre_crop(image, min(image.shape))
     study = page.Study(

@@ -42,19 +42,23 @@ def main(_: Sequence[str]) -> int:
     try:
         demo.run()
     except subprocess.CalledProcessError as error:
-        print(f"error: `{' '.join(error.cmd[1:])}` ended with status {error.returncode}; what was finished is kept.", file=sys.stderr)
+        print(
+            f"error: `{' '.join(error.cmd[1:])}` ended with status {error.returncode}; what was finished is kept.",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
 
 class Demo:
-    """The steps, and the seconds each has taken over all invocations."""
+    """The steps; what each command was and the seconds it took are in OUT/steps.json, so that a finished one is not run again."""
 
     def __init__(self, out: Path, options: Any):
         self._out, self._options = out, options
         out.mkdir(parents=True, exist_ok=True)
-        self._timings = out / "timings.json"
-        self._seconds: dict[str, float] = json.loads(self._timings.read_text()) if self._timings.exists() else {}
+        self._file = out / "steps.json"
+        self._steps: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._changed = False
 
     def run(self) -> None:
         out, data, options = self._out, self._out / "data", self._options
@@ -66,10 +70,23 @@ class Demo:
         model = f"--checkpoint={out / 'stage3'}"
         for pixels in ("real", "noise", "shuffled"):
             predictions = out / f"predictions_{pixels}.jsonl"
-            command = ["generate", model, f"--data={data}", f"--pixels={pixels}", f"--out={predictions}", "--max_new_tokens=64"]
+            command = [
+                "generate",
+                model,
+                f"--data={data}",
+                f"--pixels={pixels}",
+                f"--out={predictions}",
+                "--max_new_tokens=64",
+            ]
             self._step(f"generate {pixels}", command)
             baselines = ["--baselines"] if pixels == "real" else []
-            command = ["evaluate", str(predictions), f"--data={data}", f"--out={out / f'evaluation_{pixels}'}", *baselines]
+            command = [
+                "evaluate",
+                str(predictions),
+                f"--data={data}",
+                f"--out={out / f'evaluation_{pixels}'}",
+                *baselines,
+            ]
             self._step(f"evaluate {pixels}", command)
         towers = [f"--checkpoint={out / 'stage1'}", f"--data={data}", "--candidates=100"]
         self._step("retrieve", ["retrieve", *towers, f"--out={out / 'retrieval.json'}"])
@@ -98,20 +115,33 @@ class Demo:
         return command
 
     def _step(self, name: str, arguments: Sequence[str]) -> None:
+        """Runs a command, unless it finished before and so did, unchanged, everything ahead of it."""
+        record = self._steps.setdefault(name, {"seconds": 0.0, "finished": None})
         command = [sys.executable, "-m", f"launch.{arguments[0]}", *arguments[1:]]
+        said = [*command[1:], f"PHANTOM_SEED={os.environ.get('PHANTOM_SEED', '0')}"]
+        if record["finished"] == said and not self._changed:
+            print(f"== {name}: finished before", flush=True)
+            return
+        if record["finished"]:
+            record["seconds"] = 0.0
+        self._changed, record["finished"] = True, None
         print(f"\n== {name}: python {' '.join(command[1:])}", flush=True)
         began = time.time()
-        subprocess.run(command, check=True, env=KEEP_MEMORY | dict(os.environ))
-        seconds = time.time() - began
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-        self._timings.write_text(json.dumps(self._seconds, indent=1) + "\n")
-        print(f"== {name}: {seconds:.0f} s", flush=True)
+        try:
+            subprocess.run(command, check=True, env=KEEP_MEMORY | dict(os.environ))
+            record["finished"] = said
+        finally:
+            record["seconds"] += time.time() - began
+            self._file.write_text(json.dumps(self._steps, indent=1) + "\n")
+        print(f"== {name}: {record['seconds']:.0f} s", flush=True)
 
     def _report(self) -> None:
         from data.phantom.parser import parse
         from evaluation import demo
 
-        summary = demo.summarise(self._out, self._seconds, self._options.install_seconds)
+        summary = demo.summarise(
+            self._out, {name: step["seconds"] for name, step in self._steps.items()}, self._options.install_seconds
+        )
         demo.write_page(self._out, summary, parse)
         (self._out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print("\n" + json.dumps(summary, indent=1))

@@ -6,7 +6,6 @@ Adapters are merged. Then the folder is loaded in PyTorch, and token ids, pixels
 studies are compared with JAX; on any difference over its tolerance nothing is written. What was compared stands in BUNDLE/rad_jax.json.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,8 @@ from rad_jax import errors
 from rad_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of launch.train to export (stage 2 or 3).", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is there.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an older --out once the new one is verified.")
 _DATA = flags.DEFINE_string("data", None, "Packed corpus whose held-out studies are compared.", required=True)
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the corpus that they come from.")
 _FORMAT = flags.DEFINE_enum("format", "hf", ["hf"], "hf: transformers' LlavaForConditionalGeneration.")
@@ -39,8 +38,6 @@ def main(_: Sequence[str]) -> None:
     if not isinstance(config, LlavaConfig) or config.vision is None:
         raise UserError(f"{run.path} is no image-to-text model: export a run of stage 2 or 3.")
     studies = held_out(Path(_DATA.value), _SPLIT.value, config.vision.image_size, _STUDIES.value)
-    if _OVERWRITE.value and out.is_dir():
-        shutil.rmtree(out)
     result = export_bundle(
         run.variables,
         config,
@@ -50,6 +47,7 @@ def main(_: Sequence[str]) -> None:
         studies=studies,
         max_new_tokens=_NEW_TOKENS.value,
         provenance={"run": run.path.name, "step": run.step, "sha256": run.sha256},
+        overwrite=_OVERWRITE.value,
     )
     print(
         f"{out}: written in {_DTYPE.value}; PyTorch and JAX agree on {result['studies']} studies "

@@ -30,7 +30,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Studies at once.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 256, "Longest text.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-    flags.DEFINE_float("top_p", 1.0, "Sample among the tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float(
+        "top_p", 1.0, "Sample among the tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0
+    )
     flags.DEFINE_integer("seed", 0, "Of the sampling and of the noise.")
 
 

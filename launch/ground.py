@@ -68,7 +68,12 @@ def main(_: Sequence[str]) -> None:
         targets = [t for record, text in pairs for t in finding_targets(record, text)]
         chosen = looker.maps(targets)[:, layer, head] if targets else []
         pointing = pointing_game(chosen, [t.boxes for t in targets], [size] * len(targets))
-        result = {"layer": int(layer), "head": int(head), "validation_accuracy": float(scores.max()), **asdict(pointing)}
+        result = {
+            "layer": int(layer),
+            "head": int(head),
+            "validation_accuracy": float(scores.max()),
+            **asdict(pointing),
+        }
         print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
@@ -146,7 +151,9 @@ class Looker:
         from rad_jax.grounding import attention_to_image
 
         def stacked(name: str, size: int) -> Any:
-            return np.stack([np.pad(row[name], (0, size - len(row[name])), mode="edge") for row in rows]).astype(np.int32)
+            return np.stack([np.pad(row[name], (0, size - len(row[name])), mode="edge") for row in rows]).astype(
+                np.int32
+            )
 
         batch = {
             "image": np.stack([row["image"] for row in rows]),

@@ -59,7 +59,9 @@ def main(_: Sequence[str]) -> None:
     result = {direction: dataclasses.asdict(score) for direction, score in scores.items()}
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     for direction, score in scores.items():
-        print(f"{direction}: R@1 {score.r1:.2f}, R@5 {score.r5:.2f} (chance {score.chance(5):.2f}), R@10 {score.r10:.2f}, n {score.n}")
+        print(
+            f"{direction}: R@1 {score.r1:.2f}, R@5 {score.r5:.2f} (chance {score.chance(5):.2f}), R@10 {score.r10:.2f}, n {score.n}"
+        )
 
 
 def key(record: dict[str, Any], annotated: bool) -> Any:

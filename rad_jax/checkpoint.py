@@ -22,9 +22,20 @@ from rad_jax import FORMAT_VERSION, __version__
 from rad_jax.errors import UserError, check_format
 from rad_jax.state import TrainState, Tree, join
 
-
 # Bytes of a checkpoint beside its arrays: names, shapes, places.
 _OVERHEAD = 2**20
+
+
+# What may change between two starts of one run: it does not change what is learned.
+OPERATIONAL = (
+    "rad_jax",
+    "config.mesh",
+    "config.num_micro",
+    "config.log_every",
+    "config.checkpoint_every",
+    "config.keep_checkpoints",
+    "config.data.num_threads",
+)
 
 
 class Checkpointer:
@@ -61,9 +72,7 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
-        shapes: TrainState = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
+        shapes: TrainState = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         rest = {"step": shapes.step, "rng": shapes.rng, "opt_state": shapes.opt_state}
         found = self._manager.restore(
             step,
@@ -111,7 +120,9 @@ def open_workdir(
         "config": config,
         "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
         "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
-        "bases": [{"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases],
+        "bases": [
+            {"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases
+        ],
     }
     file = workdir / "config.json"
     if not file.exists():
@@ -124,7 +135,8 @@ def open_workdir(
         return
     found = read_config(workdir)
     old, new = _flat(found), _flat(json.loads(json.dumps(record)))
-    other = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "rad_jax"]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    other = [key for key in changed if not key.startswith(OPERATIONAL)]
     if other:
         shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in other[:4])
         raise UserError(
@@ -194,4 +206,4 @@ def content_hash(tree: Mapping[str, Any]) -> str:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: leaf for path, leaf in flatten_dict(dict(record), sep=".", keep_empty_nodes=True).items()}
+    return dict(flatten_dict(dict(record), sep=".", keep_empty_nodes=True))

@@ -71,6 +71,6 @@ def sample(logits: Array, key: Array, top_p: float) -> Array:
     """One token per row [B] of logits [B, V] from the smallest set of tokens whose probabilities reach `top_p`."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-    # The most probable token is always kept: nothing comes before it.
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    kept = (before < top_p) | (ordered == ordered[..., :1])  # the most probable token always
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf)).astype(jnp.int32)

@@ -21,7 +21,8 @@ from rad_jax.errors import UserError, check_format
 
 Batch = dict[str, np.ndarray]
 
-# What is made of a record; "prompt" is v1 up to where the answer begins, for generation.
+# What is made of a record; "prompt" is v1 up to where the answer begins, for generation; "text" is plain and v1 by turns, with the
+# impression in place of the image, for pretraining.
 TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
@@ -109,6 +110,8 @@ class Corpus:
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
             raise UserError(f"{self.path}: no split {split!r}, there are {', '.join(self.splits)}")
+        if not self.splits[split]:
+            raise UserError(f"{self.path}: split {split!r} has no records")
 
     def _check_shards(self) -> None:
         """Compares every shard with its recorded length; the dataset itself would notice only when reading a record."""
@@ -245,26 +248,29 @@ def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:
     source, tokenizer = corpus.source(split), corpus.tokenizer()
     text = targets = 0
     for number in range(len(source)):
-        record = source[number]
-        findings = record["findings"] or (record["impression"] if template == "clip" else "")
-        example = render(tokenizer, template, findings, record["indication"] or None, limit=2**31)
+        example = render(tokenizer, template, source[number], number, limit=2**31)
         text = max(text, len(example.ids))
         targets = max(targets, sum(label != prompts.NO_LOSS for label in example.labels))
     return -(-text // 8) * 8, 0 if template in _WITHOUT_TARGETS else -(-targets // 8) * 8
 
 
 def render(
-    tokenizer: prompts.Tokenizer, template: str, findings: str, indication: str | None, limit: int
+    tokenizer: prompts.Tokenizer, template: str, record: Mapping[str, Any], number: int, limit: int
 ) -> prompts.Example:
     """A record's texts as one of TEMPLATES; only "clip" cuts, to `limit` tokens."""
+    findings = record["findings"]
+    if template == "clip":
+        return prompts.render_clip(tokenizer, findings or record["impression"], limit)
+    question = prompts.question(record["indication"] or None)
     if template == "text":
-        return prompts.render_text(tokenizer, findings)
+        # A language model that has learned to write findings from an impression knows how to write them from what the projector says.
+        impression = tokenizer.encode(record["impression"])
+        if number % 2:
+            return prompts.render_plain(tokenizer, findings, impression)
+        return prompts.render_v1(tokenizer, question, findings, impression)
     if template == "plain":
         return prompts.render_plain(tokenizer, findings)
-    if template == "clip":
-        return prompts.render_clip(tokenizer, findings, limit)
-    answer = None if template == "prompt" else findings
-    return prompts.render_v1(tokenizer, prompts.question(indication), answer)
+    return prompts.render_v1(tokenizer, question, None if template == "prompt" else findings)
 
 
 class _Rows:
@@ -286,7 +292,7 @@ class _Rows:
         self._text_length = text_length
         self._target_length = target_length
         self._image_size = image_size
-        shortest = len(self._render("", None).ids)
+        shortest = len(self._render(_EMPTY, 0).ids)
         if text_length < shortest:
             raise UserError(
                 f"text_length={text_length} is too short, the empty {template} prompt has {shortest} tokens"
@@ -294,10 +300,7 @@ class _Rows:
 
     def __call__(self, number: int) -> dict[str, Any]:
         record = self._source[int(number)] if number >= 0 else _EMPTY
-        text = record["findings"]
-        if self._template == "clip":
-            text = text or record["impression"]
-        row = self._text_row(text, record["indication"] or None)
+        row = self._text_row(record, int(number))
         if self._template != "text":
             row["image"], decoded = self._image(record["image"])
             row["weight"] *= np.float32(decoded)
@@ -306,22 +309,23 @@ class _Rows:
         row["index"] = np.int32(number)
         return row
 
-    def _render(self, findings: str, indication: str | None) -> prompts.Example:
+    def _render(self, record: Mapping[str, Any], number: int) -> prompts.Example:
         # For "clip" one more token than fits, to see whether it does.
-        return render(self._tokenizer, self._template, findings, indication, self._text_length + 1)
+        return render(self._tokenizer, self._template, record, number, self._text_length + 1)
 
-    def _text_row(self, text: str, indication: str | None) -> dict[str, Any]:
+    def _text_row(self, record: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Tokens and targets, cut at the end to T and U; weight 0 without a text to learn from or a whole prompt."""
-        example = self._render(text, indication)
+        example = self._render(record, number)
         truncated = len(example.ids) > self._text_length
         if truncated and self._template == "clip":
-            example = prompts.render_clip(self._tokenizer, text, self._text_length)
+            example = render(self._tokenizer, "clip", record, number, self._text_length)
         ids = example.ids[: self._text_length]
         row: dict[str, Any] = {
             "tokens": _padded(ids, self._text_length, self._tokenizer.pad_id),
             "length": np.int32(len(ids)),
         }
-        usable = not truncated if self._template == "prompt" else bool(text)
+        has_text = bool(record["findings"] or (self._template == "clip" and record["impression"]))
+        usable = not truncated if self._template == "prompt" else has_text
         if self._template not in _WITHOUT_TARGETS:
             labels = np.asarray(example.labels[: self._text_length], np.int32)
             places = np.flatnonzero(labels != prompts.NO_LOSS)

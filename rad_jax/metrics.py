@@ -34,7 +34,11 @@ class Progress:
         self._bar.set_postfix_str(shown)
         if self._lines:
             left = (self._steps - row["step"]) * row["step_time_s"]
-            print(f"{self._name}: step {row['step']}/{self._steps}, {shown}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self._name}: step {row['step']}/{self._steps}, {shown}, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         self._bar.close()

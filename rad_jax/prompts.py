@@ -153,12 +153,15 @@ def question(indication: str | None) -> str:
     return f"Provide a description of the findings in the radiology image given the following indication: {reason}"
 
 
-def render_plain(tokenizer: Tokenizer, findings: str) -> Example:
-    """The template of projector alignment: image, findings, newline; loss on all that follows the image; no EOS."""
-    return _example([tokenizer.bos_id, IMAGE_ID], tokenizer.encode(findings + "\n"))
+def render_plain(tokenizer: Tokenizer, findings: str, slot: Sequence[int] = (IMAGE_ID,)) -> Example:
+    """The template of projector alignment: image, findings, newline; loss on all that follows the image; no EOS.
+
+    Ids of words in `slot` stand where the image would, for pretraining on text alone.
+    """
+    return _example([tokenizer.bos_id, *slot], tokenizer.encode(findings + "\n"))
 
 
-def render_v1(tokenizer: Tokenizer, question: str, findings: str | None) -> Example:
+def render_v1(tokenizer: Tokenizer, question: str, findings: str | None, slot: Sequence[int] = (IMAGE_ID,)) -> Example:
     """The conversation of fine-tuning and of inference; loss on the findings and the EOS.
 
     The answer is tokenised apart from the prompt. That gives the ids of the whole string, because pieces never reach
@@ -168,15 +171,11 @@ def render_v1(tokenizer: Tokenizer, question: str, findings: str | None) -> Exam
         tokenizer: of the language model.
         question: as `question` makes it.
         findings: the answer; None ends the ids after "ASSISTANT:", for generation.
+        slot: what stands where the image does, as in `render_plain`.
     """
-    prompt = [tokenizer.bos_id, *tokenizer.encode(f"{SYSTEM} USER: "), IMAGE_ID]
+    prompt = [tokenizer.bos_id, *tokenizer.encode(f"{SYSTEM} USER: "), *slot]
     prompt += tokenizer.encode(f"\n{question} ASSISTANT:")
     return _example(prompt, [] if findings is None else [*tokenizer.encode(findings), tokenizer.eos_id])
-
-
-def render_text(tokenizer: Tokenizer, findings: str) -> Example:
-    """Text alone, for pretraining a language model: loss on all but the BOS."""
-    return _example([tokenizer.bos_id], [*tokenizer.encode(findings), tokenizer.eos_id])
 
 
 def render_clip(tokenizer: Tokenizer, text: str, max_length: int) -> Example:

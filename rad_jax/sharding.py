@@ -51,9 +51,7 @@ def variable_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     def placed(leaf: Any, spec: PartitionSpec) -> NamedSharding:
         names = tuple(spec) + (None,) * (leaf.ndim - len(spec))
-        kept = (
-            axes if leaf.shape[i] % _size(mesh, axes) == 0 else None for i, axes in enumerate(names)
-        )
+        kept = (axes if leaf.shape[i] % _size(mesh, axes) == 0 else None for i, axes in enumerate(names))
         return NamedSharding(mesh, PartitionSpec(*kept))
 
     return jax.tree.map(placed, nn.unbox(boxed), specs)

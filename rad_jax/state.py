@@ -64,7 +64,9 @@ def select(base: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
         if "/blocks/" in path and leaf.shape[1:] == shape[1:]:
             leaf = leaf[: shape[0]]
         if leaf.shape != shape:
-            raise UserError(f"{path} is {leaf.shape} in the base but {shape} in this config: they are different models.")
+            raise UserError(
+                f"{path} is {leaf.shape} in the base but {shape} in this config: they are different models."
+            )
         chosen[path] = leaf
     return unflatten_dict(chosen, sep="/")
 

@@ -76,13 +76,18 @@ def restore(run: Run, mesh: Mesh) -> "tuple[Generative | Contrastive, Tree]":
     Raises:
         UserError: the run and its bases do not give every variable.
     """
-    task = make_task(ml_collections.ConfigDict(run.config))
+    config = ml_collections.ConfigDict(run.config)
+    for part in {"vision", "text", "llm"} & set(config.model):
+        config.model[part].attention = "xla"  # a run trained with a GPU's attention is read on any machine
+    task = make_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     shapes = nn.unbox(boxed)
     variables = select(run.variables, shapes)
     missing = flatten_dict(shapes, sep="/").keys() - flatten_dict(variables, sep="/").keys()
     if missing:
-        raise UserError(f"{run.path} lacks {len(missing)} variables of its model, {min(missing)} the first: its bases are gone.")
+        raise UserError(
+            f"{run.path} lacks {len(missing)} variables of its model, {min(missing)} the first: its bases are gone."
+        )
     return task, jax.tree.map(jax.device_put, variables, sharding.variable_shardings(boxed, mesh))
 
 
@@ -202,7 +207,7 @@ def split_batch(batch: Batch, num_micro: int) -> dict[str, Array]:
     """[B, ...] -> [num_micro, B / num_micro, ...], each slice spread over all devices that hold the batch."""
 
     def sliced(x: Array) -> Array:
-        x = x.reshape((x.shape[0] // num_micro, num_micro) + x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]).swapaxes(0, 1)
         return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
 
     return {name: sliced(rows) for name, rows in batch.items()}

@@ -70,7 +70,9 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         if restored is not None:
             state, position = restored
             if position["fingerprint"] != corpus_fingerprint:
-                raise UserError(f"{workdir} was trained on another corpus: give that one in --data, or another --workdir.")
+                raise UserError(
+                    f"{workdir} was trained on another corpus: give that one in --data, or another --workdir."
+                )
             batches.set_state(position["batches"])
         first = int(state.step)
         if jax.process_index() == 0:
@@ -148,11 +150,11 @@ def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, m
 
 
 class Meter:
-    """Takes batches from an iterator and counts real tokens, rows without weight, and time between two readings."""
+    """Takes batches from an iterator and counts real tokens, rows without weight, cut rows, and time between two readings."""
 
     def __init__(self, image_tokens: int):
         self._image_tokens = image_tokens
-        self._bad_rows = 0
+        self._bad_rows = self._truncated = 0
         self._restart()
 
     def next(self, batches: Iterator[Batch]) -> Batch:
@@ -162,16 +164,18 @@ class Meter:
         self._steps += 1
         self._tokens += int(batch["length"].sum()) + self._image_tokens * len(batch["length"]) * ("image" in batch)
         self._bad_rows += int((batch["weight"] == 0).sum())
+        self._truncated += int(batch["truncated"].sum())
         return batch
 
     def read(self) -> dict[str, float]:
-        """Per step since the last reading: seconds, seconds waited for data, tokens per second; rows without weight in all."""
+        """Per step since the last reading: seconds, seconds waited for data, tokens per second; rows without weight, and rows cut, in all."""
         seconds = time.perf_counter() - self._since
         row = {
             "step_time_s": seconds / self._steps,
             "data_wait_s": self._waited / self._steps,
             "tokens_per_s": self._tokens * jax.process_count() / seconds,
             "bad_rows": self._bad_rows,
+            "truncated_rows": self._truncated,
         }
         self._restart()
         return row

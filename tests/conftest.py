@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compares a text with tests/goldens/NAME; UPDATE_GOLDENS=1 writes it instead, to be looked at and committed."""
+
+    def compare(name: str, text: str) -> None:
+        file = Path(__file__).parent / "goldens" / name
+        if os.environ.get("UPDATE_GOLDENS"):
+            file.write_text(text, encoding="utf-8")
+        again = f"if this change is meant: UPDATE_GOLDENS=1 python -m pytest {os.environ['PYTEST_CURRENT_TEST'].split('::')[0]}"
+        found = file.read_text(encoding="utf-8") if file.exists() else ""
+        assert text.splitlines() == found.splitlines(), again
+
+    return compare
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What `launch.train` does, in this process, on the tiny corpus, with a model of width 32."""
@@ -54,7 +70,7 @@ class Training:
         text = {"vocab_size": 512, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "max_positions": 64}
         llm = {"vocab_size": 512, "width": 32, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_dim": 64}
         lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
-        task, model, trainable, template, length, targets = {
+        stages: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, int, int]] = {
             "lm": ("generative", {"llm": llm}, ("params/llm/.*",), "text", 64, 63),
             "stage1": ("contrastive", {"vision": vision, "text": text, "embed_dim": 16}, (".*",), "clip", 64, 0),
             "stage2": ("generative", {"vision": seen, "llm": llm}, ("params/projector/.*",), "plain", 64, 62),
@@ -62,7 +78,8 @@ class Training:
                 *("generative", {"vision": seen, "llm": llm, "lora": lora}),
                 *(("params/projector/.*", "lora/.*"), "v1", 160, 64),
             ),
-        }[stage]
+        }
+        task, model, trainable, template, length, targets = stages[stage]
         data = {"template": template, "text_length": length, "target_length": targets}
         config = common.experiment(task, model, trainable, data, steps=4, batch_size=8)
         config.update({"log_every": 1, "checkpoint_every": 2, **changes})
@@ -83,6 +100,53 @@ class Training:
             seed=config.seed,
             frontal_only=True,
         )
+
+    def batch(self, config: Any, rows: int = 8, seed: int = 0, blank: tuple[int, ...] = ()) -> dict[str, Any]:
+        """A batch of random images and words of many lengths; the `blank` rows count for nothing."""
+        import numpy as np
+
+        from rad_jax.prompts import IMAGE_ID
+
+        rng = np.random.default_rng(seed)
+        width, targets = 12, 5
+        length = rng.integers(7, width + 1, rows, dtype=np.int32)
+        weight = np.ones(rows, np.float32)
+        weight[list(blank)] = 0
+        batch: dict[str, Any] = {
+            "length": length,
+            "weight": weight,
+            "tokens": rng.integers(3, 512, (rows, width), dtype=np.int32),
+        }
+        batch["tokens"][np.arange(width) >= length[:, None]] = 0
+        if "vision" in config.model:
+            batch["image"] = rng.integers(0, 256, (rows, 32, 32), dtype=np.uint8)
+        if config.task == "generative":
+            if "vision" in config.model:
+                batch["tokens"][np.arange(rows), rng.integers(0, 4, rows)] = IMAGE_ID
+            last = length[:, None] - 1 - rng.integers(1, targets + 1, (rows, 1))
+            batch["target_positions"] = np.minimum(last + np.arange(targets, dtype=np.int32), length[:, None] - 2)
+            real = last + np.arange(targets) < length[:, None] - 1
+            batch["targets"] = np.take_along_axis(batch["tokens"], batch["target_positions"] + 1, axis=1)
+            batch["target_weights"] = (real * weight[:, None]).astype(np.float32)
+        return batch
+
+    def variables(self, config: Any, seed: int = 0) -> Any:
+        """Every variable of an experiment as numpy, all of them random, norms, biases and adapters too."""
+        import flax.linen as nn
+        import jax
+        import numpy as np
+
+        from rad_jax import tasks
+
+        rng = np.random.default_rng(seed)
+        shapes = nn.unbox(jax.eval_shape(tasks.make_task(config).init, jax.random.key(0)))
+
+        def draw(path: Any, leaf: Any) -> Any:
+            fan_in = leaf.size // (leaf.shape[0] * leaf.shape[-1]) if leaf.ndim > 2 else 100
+            values = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+            return np.asarray(values + (path[-1].key in ("scale", "logit_scale")), np.float32)
+
+        return jax.tree_util.tree_map_with_path(draw, shapes)
 
     def mesh(self, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
         """A mesh over the first so many devices."""
@@ -131,7 +195,12 @@ class Interrupted:
 
 
 @pytest.fixture(scope="session")
-def training(tiny_corpus: Path) -> Training:
+def training(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    import jax
+
+    # Runs compile the same few steps again and again; nearly all of their time would go there.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Training(tiny_corpus)
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ from rad_jax.errors import UserError
 from rad_jax.input_pipeline import Corpus
 
 
-def same(one, other) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
+def same(one: Any, other: Any) -> None:
+    assert str(jax.tree.structure(one)) == str(jax.tree.structure(other))
     for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
 
@@ -36,7 +38,7 @@ def newest(training, config, workdir, mesh):
     return restored
 
 
-@pytest.mark.parametrize("stage", ["lm", "stage1"])
+@pytest.mark.parametrize("stage", ["lm", pytest.param("stage1", marks=pytest.mark.slow)])
 def test_interrupted_run_ends_as_one_that_was_not(training, tmp_path, stage):
     """Weights, moments, rng, data position and logged numbers to the bit: killed in step 6 of 8, resumed from step 4."""
     config = training.config(stage, steps=8, checkpoint_every=4)
@@ -51,8 +53,17 @@ def test_interrupted_run_ends_as_one_that_was_not(training, tmp_path, stage):
     whole, parts = (newest(training, config, tmp_path / name, mesh) for name in ("whole", "parts"))
     same(whole[0], parts[0])
     assert whole[1] == parts[1]
-    timed = {"step_time_s", "data_wait_s", "tokens_per_s"}
-    rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics.read(tmp_path / n)] for n in ("whole", "parts")]
+    timed = {
+        "step_time_s",
+        "data_wait_s",
+        "tokens_per_s",
+        "bad_rows",
+        "truncated_rows",
+    }  # of the process, not of the run
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics.read(tmp_path / n)]
+        for n in ("whole", "parts")
+    ]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 8
 
@@ -82,7 +93,8 @@ def test_chain_of_runs_gives_every_variable(training, chain):
     run = load_run(chain / "stage3")
     config = training.config("stage3")
     task, variables = tasks.restore(run, training.mesh())
-    assert flatten_dict(variables).keys() == flatten_dict(task.init(jax.random.key(0))).keys()
+    expected = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    assert jax.tree.map(lambda x: x.shape, variables) == jax.tree.map(lambda x: x.shape, expected)
     found = flatten_dict(run.variables, sep="/")
     for stage in ("lm", "stage1", "stage2"):
         own = checkpoint.read_trainable(chain / stage / "checkpoints" / "4")
@@ -128,10 +140,17 @@ def test_same_run_can_be_opened_again(opened):
     opened()
 
 
+def test_settings_that_do_not_change_what_is_learned_may_change(training, opened):
+    config = training.config("stage2", num_micro=2, log_every=3, checkpoint_every=1, keep_checkpoints=5)
+    config.mesh.update(data=4, tensor=2)
+    config.data.num_threads = 1
+    opened(config=config)
+
+
 def test_workdir_of_another_config(training, opened):
-    with pytest.raises(UserError, match=r"run belongs to another run; 2 settings differ: config.batch_size \(8 there, 4 now\), config.opt"):
-        config = training.config("stage2", batch_size=4)
-        config.optimizer.peak_lr = 0.5
+    config = training.config("stage2", batch_size=4)
+    config.optimizer.peak_lr = 0.5
+    with pytest.raises(UserError, match=r"2 settings differ: config.batch_size \(8 there, 4 now\), config.opt"):
         opened(config=config)
 
 
@@ -148,7 +167,7 @@ def test_workdir_of_another_base(opened):
 def test_workdir_of_another_tokenizer(training, opened, tmp_path):
     other = tmp_path / "tokenizer.json"
     other.write_text((training.corpus / "tokenizer.json").read_text() + " ")
-    with pytest.raises(UserError, match="1 settings differ: tokenizer.sha256"):
+    with pytest.raises(UserError, match=r"1 settings differ: tokenizer.sha256"):
         opened(tokenizer=other)
 
 
@@ -162,7 +181,7 @@ def test_base_that_changed_after_the_training_on_it(training, chain, tmp_path):
 
 def test_base_that_is_gone(chain, tmp_path):
     shutil.copytree(chain / "stage3", tmp_path / "stage3")
-    with pytest.raises(UserError, match="stage2 is not a run of launch.train"):
+    with pytest.raises(UserError, match=r"stage2 is not a run of launch.train"):
         load_run(tmp_path / "stage3")
 
 
@@ -192,12 +211,18 @@ def test_config_json_says_what_the_run_is(training, chain):
     assert record["format_version"] == 1
     assert record["config"] == json.loads(json.dumps(training.config("stage3").to_dict()))
     assert [base["path"] for base in record["bases"]] == ["../stage2"]
-    assert (chain / "stage3" / record["tokenizer"]["file"]).read_bytes() == (training.corpus / "tokenizer.json").read_bytes()
+    assert (chain / "stage3" / record["tokenizer"]["file"]).read_bytes() == (
+        training.corpus / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_content_hash_sees_names_shapes_and_values():
-    tree = {"a": {"b": np.arange(6.0)}}
-    others = [{"a": {"c": np.arange(6.0)}}, {"a": {"b": np.arange(6.0).reshape(2, 3)}}, {"a": {"b": np.arange(1.0, 7.0)}}]
+    tree: dict[str, Any] = {"a": {"b": np.arange(6.0)}}
+    others: list[dict[str, Any]] = [
+        {"a": {"c": np.arange(6.0)}},
+        {"a": {"b": np.arange(6.0).reshape(2, 3)}},
+        {"a": {"b": np.arange(1.0, 7.0)}},
+    ]
     hashes = {checkpoint.content_hash(t) for t in (tree, *others)}
     assert len(hashes) == 4
     assert checkpoint.content_hash({"a": {"b": np.arange(6.0)}}) in hashes

@@ -164,10 +164,15 @@ def test_batches_have_fixed_shapes_and_types(corpus):
                 assert (value.shape, value.dtype) == expected[key], key
 
 
-def rendered(tokenizer, template: str, record: dict) -> prompts.Example:
+def rendered(tokenizer, template: str, record: dict, number: int) -> prompts.Example:
+    impression = tokenizer.encode(record["impression"])
     question = prompts.question(record["indication"] or None)
     return {
-        "text": lambda: prompts.render_text(tokenizer, record["findings"]),
+        "text": lambda: (
+            prompts.render_plain(tokenizer, record["findings"], impression)
+            if number % 2
+            else prompts.render_v1(tokenizer, question, record["findings"], impression)
+        ),
         "plain": lambda: prompts.render_plain(tokenizer, record["findings"]),
         "v1": lambda: prompts.render_v1(tokenizer, question, record["findings"]),
         "prompt": lambda: prompts.render_v1(tokenizer, question, None),
@@ -182,7 +187,7 @@ def test_rows_are_the_rendered_records(corpus, template):
     for batch in eval_batches(corpus, "validation", **OPTIONS, template=template):
         for i in np.flatnonzero(batch["weight"]):
             record = study("validation", int(batch["index"][i]))
-            example = rendered(tokenizer, template, record)
+            example = rendered(tokenizer, template, record, int(batch["index"][i]))
             length = batch["length"][i]
             assert batch["tokens"][i, :length].tolist() == example.ids
             assert (batch["tokens"][i, length:] == tokenizer.pad_id).all()

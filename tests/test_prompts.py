@@ -104,9 +104,13 @@ def test_templates(trained):
     expected = f"{prompts.SYSTEM} USER:  \nProvide a description of the findings in the radiology image given the"
     assert trained.decode(text) == f"{expected} following indication: Cough ASSISTANT:"
 
-    text_only = prompts.render_text(trained, "Clear lungs.")
-    assert text_only.ids == [bos, *answer, eos]
-    assert text_only.labels == [prompts.NO_LOSS, *answer, eos]
+    words = trained.encode("No acute abnormality.")
+    text_only = prompts.render_plain(trained, "Clear lungs.", words)
+    assert text_only.ids == [bos, *words, *trained.encode("Clear lungs.\n")]
+    assert text_only.labels == [prompts.NO_LOSS] * (1 + len(words)) + trained.encode("Clear lungs.\n")
+    conversation = prompts.render_v1(trained, prompts.question("Cough"), "Clear lungs.", words)
+    place = v1.ids.index(image)
+    assert conversation.ids == v1.ids[:place] + words + v1.ids[place + 1 :]
 
     clip = prompts.render_clip(trained, "Clear lungs. " * 50, 16)
     assert len(clip.ids) == 16

@@ -26,9 +26,7 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
     Returns:
         [B, S, N, H] in q's dtype; the softmax is taken in float32.
     """
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl
-    )
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
 
 
 def attention_weights(q: Array, k: Array, lengths: Array | None, *, causal: bool) -> Array:

@@ -57,7 +57,9 @@ class Embeddings(nn.Module):
         x = x + Embed(c.max_positions, c.width, ("positions", "embed"), dtype, name="position")(
             jnp.arange(tokens.shape[1])
         )
-        x = x + Embed(c.token_types, c.width, ("positions", "embed"), dtype, name="token_type")(jnp.zeros((), jnp.int32))
+        x = x + Embed(c.token_types, c.width, ("positions", "embed"), dtype, name="token_type")(
+            jnp.zeros((), jnp.int32)
+        )
         return LayerNorm(c.eps, dtype, name="norm")(x)
 
 

@@ -168,7 +168,12 @@ class Llama(nn.Module):
 
 
 def _dense(
-    config: LlamaConfig, lora: LoraSpec | None, name: str, features: tuple[int, ...], axes: tuple[str, ...], in_axes: int = 1
+    config: LlamaConfig,
+    lora: LoraSpec | None,
+    name: str,
+    features: tuple[int, ...],
+    axes: tuple[str, ...],
+    in_axes: int = 1,
 ) -> Dense:
     spec = lora if lora is not None and name in lora.targets else None
     return Dense(features, axes, in_axes, use_bias=False, lora=spec, dtype=jnp.dtype(config.dtype), name=name)

@@ -79,11 +79,10 @@ class Vit(nn.Module):
     def __call__(self, images: Array) -> Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = self._patches(images, dtype)
-        init: Any = nn.initializers.normal(0.02)
-        token = self.param("cls_token", _named(init, (None, None, "norm")), (1, 1, c.width), jnp.float32)
-        positions = self.param(
-            "pos_embed", _named(init, (None, None, "norm")), (1, 1 + c.patches, c.width), jnp.float32
-        )
+        axes, shape = (None, None, "norm"), (1, 1 + c.patches, c.width)
+        token = self.param("cls_token", _named(nn.initializers.normal(0.02), axes), (1, 1, c.width), jnp.float32)
+        # Embedded patches of a film have size 1: places at timm's 0.02 would be drowned, and left and right take long to tell apart.
+        positions = self.param("pos_embed", _named(nn.initializers.normal(0.5), axes), shape, jnp.float32)
         token = jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width))
         x = jnp.concatenate([token, x], axis=1) + positions.astype(dtype)
         if c.pre_norm:

@@ -1,0 +1,232 @@
+"""The loop: what a step changes and what it leaves alone, starting weights, schedule and optimizer, numbers it logs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from rad_jax import checkpoint, metrics, optim, sharding, tasks, train
+from rad_jax.errors import UserError
+from rad_jax.state import join
+
+
+def begin(training, config, base):
+    task = tasks.make_task(config)
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    mesh = training.mesh()
+    with jax.set_mesh(mesh):
+        return task, optimizer, mesh, train.initial(config, task, optimizer, base, mesh)
+
+
+def flat(tree):
+    return flatten_dict(jax.tree.map(np.array, tree), sep="/")
+
+
+@pytest.fixture(scope="module")
+def stepped(training):
+    """Stage 3 before and after one step: (state, frozen) each, as numpy by path."""
+    config = training.config("stage3")
+    config.optimizer.warmup_ratio = 0.0
+    task, optimizer, mesh, (state, frozen) = begin(training, config, training.variables(config))
+    before = flat(state.trainable), flat(frozen), jax.tree.map(lambda x: x.shape, state.opt_state)
+    with jax.set_mesh(mesh):
+        batch = sharding.place_batch(training.batch(config), mesh)
+        state, _ = jax.jit(train.make_step(task, optimizer, 1))(state, frozen, batch)
+    return before, (flat(state.trainable), flat(frozen), state)
+
+
+def test_step_changes_what_trains(stepped):
+    (before, _, _), (after, _, _) = stepped
+    assert before.keys() == after.keys()
+    assert {path.split("/")[1] for path in before} == {"projector", "llm"}
+    assert {path.split("/")[0] for path in before if "/llm/" in path} == {"lora"}
+    assert [path for path in before if (before[path] == after[path]).all()] == []
+
+
+def test_step_leaves_frozen_weights_to_the_bit(stepped):
+    (_, before, _), (_, after, _) = stepped
+    assert {path.split("/")[1] for path in before} == {"vision", "llm"}
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+
+
+def test_optimizer_state_for_what_trains_and_nothing_else(stepped):
+    (trainable, _, _), (_, _, state) = stepped
+    moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(moments) == 2 * sum(leaf.size for leaf in trainable.values())
+    assert state.step == 1
+
+
+def test_frozen_weights_of_a_whole_run_are_those_of_its_bases(chain):
+    """Stages 2 and 3 save only what they train."""
+    own = {stage: flat(checkpoint.load_run(chain / stage).variables) for stage in ("stage2", "stage3")}
+    saved = flat(checkpoint.read_trainable(chain / "stage3" / "checkpoints" / "4"))
+    assert all(path.startswith(("params/projector/", "lora/")) for path in saved)
+    for path, leaf in own["stage2"].items():
+        if path not in saved:
+            np.testing.assert_array_equal(own["stage3"][path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_weights_are_stored_in_their_dtype(training, dtype):
+    config = training.config("stage2", frozen_dtype=dtype)
+    _, _, _, (state, frozen) = begin(training, config, training.variables(config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+
+
+def test_weights_come_from_the_base_and_the_rest_is_drawn(training):
+    config = training.config("stage3")
+    base = training.variables(config)
+    del base["lora"]
+    _, _, _, (state, frozen) = begin(training, config, base)
+    found = flat(join(state.trainable, frozen))
+    for path, leaf in flat(base).items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+    assert (found["lora/llm/layers/attn/q/b"] == 0).all()  # an adapter begins as no change
+    assert found["lora/llm/layers/attn/q/a"].std() > 0
+
+
+def test_tower_with_more_blocks_is_cut(training):
+    """Stage 1 trains three blocks, stages 2 and 3 use two."""
+    config = training.config("stage2")
+    tower = training.variables(training.config("stage1"))["params"]["vision"]
+    base = training.variables(config)
+    base["params"]["vision"] = tower
+    _, _, _, (_, frozen) = begin(training, config, base)
+    found = frozen["params"]["vision"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert tower["blocks"]["mlp"]["fc1"]["kernel"].shape[0] == 3
+    np.testing.assert_array_equal(found, tower["blocks"]["mlp"]["fc1"]["kernel"][:2])
+    assert "norm" not in frozen["params"]["vision"]
+
+
+def test_base_of_another_shape(training):
+    config = training.config("stage2")
+    base = training.variables(config)
+    base["params"]["llm"]["norm"]["scale"] = np.zeros(33, np.float32)
+    with pytest.raises(UserError, match=r"params/llm/norm/scale is \(33,\) in the base but \(32,\) in this config"):
+        begin(training, config, base)
+
+
+def test_frozen_weights_that_no_base_gives(training):
+    config = training.config("stage2")
+    base = training.variables(config)
+    del base["params"]["vision"]
+    with pytest.raises(
+        UserError, match=r"freezes 20 variables that no --base gives, params/vision/blocks/.* name the run"
+    ):
+        begin(training, config, base)
+
+
+def test_run_refuses_a_checkpoint_of_other_data(training, chain):
+    config = training.config("lm")
+    with pytest.raises(UserError, match="was trained on another corpus"):
+        train.run(config, tasks.make_task(config), {}, training.batches(config), "other", chain / "lm", training.mesh())
+
+
+def test_loss_that_is_no_number_ends_the_run(training, tmp_path):
+    """And no checkpoint keeps weights that are none, also where the gradient goes before the loss."""
+    config = training.config("lm", steps=6, checkpoint_every=1)
+    config.optimizer.update(peak_lr=1e38, warmup_ratio=0.0)
+    with pytest.raises(UserError, match=r"the loss is .* at step \d: lower optimizer.peak_lr"):
+        training.run(config, tmp_path / "run")
+    run = checkpoint.load_run(tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in flat(run.variables).values())
+
+
+def test_run_logs_what_people_read(chain):
+    rows = metrics.read(chain / "stage3")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    learned = {"step", "lr", "loss", "accuracy", "grad_norm"}
+    names = learned | {"step_time_s", "data_wait_s", "tokens_per_s", "bad_rows", "truncated_rows"}
+    assert all(row.keys() == names for row in rows)
+    np.testing.assert_allclose([row["lr"] for row in rows[:2]], [0, 1e-3])
+    assert (chain / "stage3" / "loss.png").stat().st_size > 1000
+
+
+def test_meter_counts_tokens_and_bad_rows():
+    batch = {
+        "length": np.array([3, 5]),
+        "weight": np.array([1.0, 0.0]),
+        "truncated": np.array([1, 1]),
+        "image": np.zeros((2, 4, 4)),
+    }
+    meter = train.Meter(image_tokens=10)
+    batches = iter([batch, batch, batch])
+    meter.next(batches)
+    meter.next(batches)
+    row = meter.read()
+    assert (row["bad_rows"], row["truncated_rows"]) == (2, 4)
+    np.testing.assert_allclose(row["tokens_per_s"] * row["step_time_s"], 3 + 5 + 2 * 10)
+    assert 0 <= row["data_wait_s"] <= row["step_time_s"]
+    meter.next(batches)
+    assert meter.read()["bad_rows"] == 3
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(100, 0.03), (1563, 0.03), (17, 0.1), (10, 0.0), (1, 0.03)])
+def test_schedule_against_transformers(steps, ratio):
+    import torch
+    from transformers.optimization import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    warmup = math.ceil(steps * ratio)  # as its Trainer rounds
+    theirs = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    ours = optim.schedule(1e-3, steps, ratio)
+    for step in range(steps):
+        # Rounding of float32, in which the cosine is taken here.
+        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], atol=1e-3 * 1e-6, err_msg=f"{step}")
+        optimizer.step()
+        theirs.step()
+
+
+def test_adamw_against_torch():
+    """Five steps; kernels, embeddings and adapters decay, norms, biases and scalars do not."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    decaying = {"fc/kernel": (4, 3), "word/embedding": (5, 4), "q/a": (4, 2), "q/b": (2, 4)}
+    others = {"fc/bias": (3,), "norm/scale": (4,), "norm/bias": (4,), "vision/cls_token": (1, 1, 4), "logit_scale": ()}
+    weights = {path: rng.normal(size=shape).astype(np.float32) for path, shape in {**decaying, **others}.items()}
+    grads = [{path: rng.normal(size=w.shape).astype(np.float32) for path, w in weights.items()} for _ in range(5)]
+
+    config = ConfigDict(
+        {"peak_lr": 1e-2, "warmup_ratio": 0.2, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.3, "clip": 0.0}
+    )
+    ours = unflatten_dict(weights, sep="/")
+    adamw = optim.optimizer(config, 10)
+    state = adamw.init(ours)
+    theirs = {path: torch.nn.Parameter(torch.tensor(w)) for path, w in weights.items()}
+    groups = [
+        {"params": [theirs[path] for path in decaying], "weight_decay": 0.3},
+        {"params": [theirs[path] for path in others], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
+    rate = optim.schedule(1e-2, 10, 0.2)
+    for step, grad in enumerate(grads):
+        updates, state = adamw.update(unflatten_dict(grad, sep="/"), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for group in reference.param_groups:
+            group["lr"] = float(rate(step))
+        for path, parameter in theirs.items():
+            parameter.grad = torch.tensor(grad[path])
+        reference.step()
+    for path, leaf in flat(ours).items():
+        # float32 rounding over five steps; a step moves a weight by about 1e-2.
+        np.testing.assert_allclose(leaf, theirs[path].detach().numpy(), atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(("clip", "largest"), [(0.0, 5.0), (1.0, 1.0), (9.0, 5.0)])
+def test_clip(clip, largest):
+    config = ConfigDict(
+        {"peak_lr": 1.0, "warmup_ratio": 0.0, "b1": 0.0, "b2": 0.0, "eps": 1e3, "weight_decay": 0.0, "clip": clip}
+    )
+    adamw = optim.optimizer(config, 10)
+    weights = {"kernel": np.zeros(2, np.float32)}
+    updates, _ = adamw.update({"kernel": np.array([3.0, 4.0], np.float32)}, adamw.init(weights), weights)
+    # With such an eps the update is the gradient over eps, but for the gradient's own size beside eps.
+    np.testing.assert_allclose(np.linalg.norm(updates["kernel"]) * 1e3, largest, rtol=1e-2)
