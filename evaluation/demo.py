@@ -188,7 +188,7 @@ def _study(
     )
     if parse is not None:
         truth = findings_of_annotations(record["annotations"])
-        return page.Study(**(study | page.judge(row["reference"], row["prediction"], truth, parse)))
+        study.update(page.judge(row["reference"], row["prediction"], truth, parse))  # type: ignore[typeddict-item]
     return study
 
 

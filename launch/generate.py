@@ -67,11 +67,11 @@ class Writer:
         run = load_run(checkpoint)
         self._mesh = sharding.make_mesh(jax.device_count(), 1, 1)
         task, self._variables = tasks.restore(run, self._mesh)
-        self._model = task.model
-        if getattr(self._model.config, "vision", None) is None or run.config["task"] != "generative":
+        vision = task.model.config.vision
+        if not isinstance(task, tasks.Generative) or vision is None:
             raise UserError(f"{checkpoint} cannot write findings of an image: give a run of stage 2 or 3.")
+        self._model, self._image_size = task.model, vision.image_size
         self._tokenizer = prompts.load_tokenizer(run.tokenizer_file)
-        self._text_length = run.config["data"]["text_length"]
         self._options = options
 
     def one(self, image: Path, indication: str) -> str:
@@ -80,7 +80,7 @@ class Writer:
 
         from rad_jax import images, prompts
 
-        size = self._model.config.vision.image_size
+        size = self._image_size
         pixels = images.centre_crop(images.resize_short(images.load_grey(image), size), size)
         ids = prompts.render_v1(self._tokenizer, prompts.question(indication or None), None).ids
         batch = {
@@ -99,21 +99,22 @@ class Writer:
 
         corpus = input_pipeline.Corpus.open(data)
         source = corpus.source(split)
+        text_length, _ = input_pipeline.longest(corpus, split, "prompt")
         batches = input_pipeline.eval_batches(
             corpus,
             split,
             template="prompt",
             batch_size=self._options.batch_size,
-            text_length=self._text_length,
+            text_length=text_length,
             target_length=0,
-            image_size=self._model.config.vision.image_size,
+            image_size=self._image_size,
             frontal_only=False,
             limit=limit,
         )
         total = min(limit or len(source), len(source))
         rng = np.random.default_rng(self._options.seed)
         unusable = 0
-        with tqdm(total=total, desc=f"generate ({pixels})", unit="study") as bar:
+        with tqdm(total=total, desc=f"generate ({pixels})", unit="study", disable=None) as bar:
             for batch in batches:
                 batch["image"] = change(batch["image"], batch["index"] >= 0, pixels, rng)
                 texts = self._write(batch)

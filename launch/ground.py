@@ -81,7 +81,7 @@ def main(_: Sequence[str]) -> None:
         chosen = maps[:, maps.shape[1] // 2 :].mean((1, 2))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    first = {}
+    first: dict[str, tuple[Target, Any]] = {}
     for target, map_ in zip(targets, chosen, strict=True):
         first.setdefault(target.record["id"], (target, map_))
     result["words"] = {

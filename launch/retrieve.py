@@ -40,6 +40,7 @@ def main(_: Sequence[str]) -> None:
     if run.config["task"] != "contrastive":
         raise UserError(f"{options.checkpoint} has no contrastive towers: give a run of stage 1.")
     task, variables = tasks.restore(run, sharding.make_mesh(jax.device_count(), 1, 1))
+    assert isinstance(task, tasks.Contrastive)
     corpus = input_pipeline.Corpus.open(options.data)
     batches = input_pipeline.eval_batches(
         corpus,
