@@ -188,7 +188,8 @@ def load_run(path: Path) -> Run:
 
 def read_trainable(checkpoint: Path) -> Tree:
     """The trained weights of one checkpoint as numpy arrays, whatever mesh wrote them."""
-    handlers = {"trainable": ocp.StandardCheckpointHandler()}
+    standard = ocp.StandardCheckpointHandler
+    handlers = {"trainable": standard(), "rest": standard(), "data": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(checkpoint.parent.absolute(), item_handlers=handlers) as manager:
         step = int(checkpoint.name)
         tree = manager.item_metadata(step)["trainable"].tree
