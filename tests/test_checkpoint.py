@@ -228,6 +228,7 @@ def test_content_hash_sees_names_shapes_and_values():
     assert checkpoint.content_hash({"a": {"b": np.arange(6.0)}}) in hashes
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(training, tmp_path: Path):
     training.run(training.config("lm", steps=6, keep_checkpoints=1), tmp_path / "run")
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["6"]

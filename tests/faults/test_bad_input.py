@@ -171,6 +171,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(training, small_disk, tmp_path):
     """The run keeps its checkpoint, and goes on from it when there is room again."""
     config = tmp_path / "config.py"
