@@ -39,7 +39,7 @@ demo: .venv  ## Train, generate, score and export on the embedded phantom corpus
 	@echo "Not in these times: installing .venv took $$(cat .venv/install_seconds) s."
 
 demo-real: .venv  ## The same from a folder of images and reports, REAL=DIR: out/demo-real/
-	.venv/bin/python -m launch.demo --config=configs/phantom.py --dataset=folder --source=$(REAL) --out=$(OUT)/demo-real --steps=30 \
+	.venv/bin/python -m launch.demo --config=configs/phantom.py --dataset=folder --source=$(REAL) --out=$(OUT)/demo-real --steps=20 \
 	  --install_seconds=$$(cat .venv/install_seconds)
 	@echo "Not in these times: installing .venv took $$(cat .venv/install_seconds) s."
 

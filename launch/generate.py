@@ -100,18 +100,19 @@ class Writer:
         corpus = input_pipeline.Corpus.open(data)
         source = corpus.source(split)
         text_length, _ = input_pipeline.longest(corpus, split, "prompt")
+        total = min(limit or len(source), len(source))
+        devices = self._mesh.size
         batches = input_pipeline.eval_batches(
             corpus,
             split,
             template="prompt",
-            batch_size=self._options.batch_size,
+            batch_size=-(-min(self._options.batch_size, total) // devices) * devices,
             text_length=text_length,
             target_length=0,
             image_size=self._image_size,
             frontal_only=False,
             limit=limit,
         )
-        total = min(limit or len(source), len(source))
         rng = np.random.default_rng(self._options.seed)
         unusable = 0
         with tqdm(total=total, desc=f"generate ({pixels})", unit="study", disable=None) as bar:

@@ -31,10 +31,12 @@ def main(_: Sequence[str]) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     task = tasks.make_task(config)
     corpus = input_pipeline.Corpus.open(_DATA.value)
-    bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
-    mesh = sharding.make_mesh(**config.mesh)
     tokenizer = corpus.tokenizer()
     tasks.check_vocabulary(task.model.config, tokenizer.vocab_size, tokenizer.path)
+    bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
+    if config.task == "generative":
+        checkpoint.check_tokenizer(tokenizer.path, bases)
+    mesh = sharding.make_mesh(**config.mesh)
     checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, tokenizer.path, bases)
     batches = input_pipeline.train_iterator(
         corpus,

@@ -145,6 +145,21 @@ def open_workdir(
         )
 
 
+def check_tokenizer(tokenizer: Path, bases: Sequence[Run]) -> None:
+    """Refuses to go on from a language model that learned other pieces than the corpus has.
+
+    Raises:
+        UserError: a base with a language model has another tokenizer.
+    """
+    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    for base in bases:
+        if "llm" in base.variables["params"] and base.tokenizer["sha256"] != found:
+            raise UserError(
+                f"{tokenizer} is not the tokenizer that {base.path} learned with: "
+                f"pack the corpus again with --tokenizer={base.tokenizer_file}."
+            )
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """A run's `config.json`.
 

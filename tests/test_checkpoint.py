@@ -171,6 +171,16 @@ def test_workdir_of_another_tokenizer(training, opened, tmp_path):
         opened(tokenizer=other)
 
 
+def test_language_model_of_another_tokenizer(chain, tmp_path):
+    run = load_run(chain / "stage3")
+    checkpoint.check_tokenizer(run.tokenizer_file, [run])
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes(run.tokenizer_file.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"--tokenizer=.*stage3.*tokenizer\.json"):
+        checkpoint.check_tokenizer(other, [run])
+    checkpoint.check_tokenizer(other, [load_run(chain / "stage1")])  # towers read texts of their own
+
+
 def test_base_that_changed_after_the_training_on_it(training, chain, tmp_path):
     shutil.copytree(chain, tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "lm")

@@ -46,7 +46,7 @@ def test_phantom_reaches_its_floors(tmp_path):
 @pytest.mark.slow
 def test_real_films_run_the_same_path(tmp_path, real):
     out = tmp_path / "real"
-    summary = run_demo(out, "--dataset=folder", f"--source={real}", "--steps=30")
+    summary = run_demo(out, "--dataset=folder", f"--source={real}", "--steps=20")
     assert summary["studies"] > 0
     for stage, (first, last) in summary["loss"].items():
         assert last < first, stage
