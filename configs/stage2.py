@@ -30,6 +30,15 @@ LLM = {
     "remat": "full",  # script: gradient checkpointing
     "unroll": 1,  # ours
 }
+# What stages 2 and 3 train with alike.
+TRAINER = {
+    "warmup_ratio": 0.03,  # script
+    "b1": 0.9,  # HF
+    "b2": 0.999,  # HF
+    "eps": 1e-8,  # HF
+    "weight_decay": 0.0,  # script
+    "clip": 0.0,  # ours: off
+}
 FILMS = 400_042  # training rows that the original's loader keeps
 BATCH = 256  # script
 
@@ -48,14 +57,6 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563
     config = common.experiment("generative", model, ("params/projector/.*",), data, steps=steps, batch_size=BATCH)
     config.frozen_dtype = "bfloat16"  # script
-    config.optimizer.update(
-        peak_lr=1e-3,  # script
-        warmup_ratio=0.03,  # script
-        b1=0.9,  # HF
-        b2=0.999,  # HF
-        eps=1e-8,  # HF
-        weight_decay=0.0,  # script
-        clip=0.0,  # ours: off
-    )
+    config.optimizer.update(TRAINER, peak_lr=1e-3)  # script
     config.seed = 42  # HF
     return hardware.on(machine, config)

@@ -37,14 +37,6 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
     trainable = ("params/projector/.*", "lora/.*")
     config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=BATCH)
     config.frozen_dtype = "bfloat16"  # script
-    config.optimizer.update(
-        peak_lr=1e-4,  # script, projector and adapters alike
-        warmup_ratio=0.03,  # script
-        b1=0.9,  # HF
-        b2=0.999,  # HF
-        eps=1e-8,  # HF
-        weight_decay=0.0,  # script
-        clip=0.0,  # ours: off
-    )
+    config.optimizer.update(stage2.TRAINER, peak_lr=1e-4)  # script, projector and adapters alike
     config.seed = 42  # HF
     return hardware.on(machine, config)
