@@ -1,14 +1,25 @@
-"""Exports a trained model to PyTorch: a folder that transformers loads as LlavaForConditionalGeneration, with no code of ours.
+"""Exports a model to other programs: PyTorch, peft, LLaVA-Rad's own code, open_clip.
 
     python -m launch.export --checkpoint=RUN_OF_STAGE_3 --data=CORPUS --out=BUNDLE
+    python -m launch.export --checkpoint=bases/llava-rad --format=llava --out=llava-rad-lora
+    python -m launch.export --verify=BUNDLE --checkpoint=RUN_OF_STAGE_3 --data=CORPUS
 
-Adapters are merged. Then the folder is loaded in PyTorch, and token ids, pixels, image features, logits and greedy texts of held-out
-studies are compared with JAX; on any difference over its tolerance nothing is written. What was compared stands in BUNDLE/rad_jax.json.
+formats
+  hf         LlavaForConditionalGeneration for transformers 4.57 and 5, adapters merged, with no code of ours; of a language model without
+             an image tower, a LlamaForCausalLM
+  hf_adapter the same with the adapters apart, in BUNDLE/adapter for peft
+  peft       the LoRA adapter for the language model alone
+  llava      the files of microsoft/llava-rad: adapter, projector, tower; name --out llava-rad... so that its code takes them for that
+  open_clip  both towers of stage 1
+
+Weights are written one at a time. With --data (formats hf, hf_adapter) the folder is then loaded in PyTorch, and token ids, pixels, image features,
+logits and greedy texts of held-out studies are compared with JAX in float32, which takes memory for both; on any difference over its
+tolerance nothing is left. --verify does that later, or elsewhere; without PyTorch it compares the hashes of the files with the receipt
+and repeats what was found then. Everything stands in receipt.json.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
@@ -16,57 +27,114 @@ from absl import flags
 from rad_jax import errors
 from rad_jax.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of launch.train to export (stage 2 or 3).", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of launch.train, or base of launch.convert, to export.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_VERIFY = flags.DEFINE_string("verify", None, "Exported folder to check instead of writing one.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an older --out once the new one is verified.")
-_DATA = flags.DEFINE_string("data", None, "Packed corpus whose held-out studies are compared.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Packed corpus whose held-out studies are compared.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the corpus that they come from.")
-_FORMAT = flags.DEFINE_enum("format", "hf", ["hf"], "hf: transformers' LlavaForConditionalGeneration.")
-_DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the exported weights.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "hf", ["hf", "hf_adapter", "peft", "llava", "open_clip"], "What to write; see above."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float16", "float32", "keep"],
+    "Of the weights; without it float16 for hf and hf_adapter, and as they are for the others.",
+)
 _STUDIES = flags.DEFINE_integer("studies", 4, "How many studies are compared.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Length of the compared texts.", lower_bound=1)
 
 
 def main(_: Sequence[str]) -> None:
-    from rad_jax import checkpoint, tasks
-    from rad_jax.interop.export import export_bundle
-    from rad_jax.models.llava import LlavaConfig
+    from rad_jax import checkpoint
+    from rad_jax.interop import exported
 
-    out = Path(_OUT.value)
-    run = checkpoint.load_run(Path(_CHECKPOINT.value))
-    config = tasks.model_config(SimpleNamespace(**run.config))
-    if not isinstance(config, LlavaConfig) or config.vision is None:
-        raise UserError(f"{run.path} is no image-to-text model: export a run of stage 2 or 3.")
-    studies = held_out(Path(_DATA.value), _SPLIT.value, config.vision.image_size, _STUDIES.value)
-    result = export_bundle(
-        run.variables,
-        config,
-        run.tokenizer_file,
-        out,
-        _DTYPE.value,
-        studies=studies,
-        max_new_tokens=_NEW_TOKENS.value,
-        provenance={"run": run.path.name, "step": run.step, "sha256": run.sha256},
-        overwrite=_OVERWRITE.value,
+    if (_OUT.value is None) == (_VERIFY.value is None):
+        raise UserError("give either --out, to export, or --verify, to check what was exported (see --help).")
+    model = None
+    if _CHECKPOINT.value:
+        model = exported.from_run(checkpoint.load_run(Path(_CHECKPOINT.value)))
+    if _VERIFY.value:
+        check(Path(_VERIFY.value), model)
+    elif model is None:
+        raise UserError("--checkpoint is missing: give the run or base to export (see --help).")
+    else:
+        write(Path(_OUT.value or ""), model)
+
+
+def write(out: Path, model: Any) -> None:
+    """Exports, and says what came of it."""
+    from rad_jax.interop.export import COMPARED, export
+
+    studies = []
+    if _DATA.value:
+        if _FORMAT.value not in COMPARED:
+            raise UserError(
+                f"--data compares bundles of --format=hf and hf_adapter; --format={_FORMAT.value} is written without it."
+            )
+        studies = held_out(model)
+    if _FORMAT.value in COMPARED and model.tokenizer is None:
+        print("warning: the checkpoint has no tokenizer: weights and configuration only (convert with --tokenizer).")
+    dtype = _DTYPE.value or ("float16" if _FORMAT.value in COMPARED else "keep")
+    result = export(
+        model, _FORMAT.value, out, dtype, studies=studies, max_new_tokens=_NEW_TOKENS.value, overwrite=_OVERWRITE.value
     )
     print(
-        f"{out}: written in {_DTYPE.value}; PyTorch and JAX agree on {result['studies']} studies "
-        f"(greatest difference: features {result['max_abs_feature_diff']:.1e}, logits {result['max_abs_logit_diff']:.1e}; "
-        "token ids and texts equal)"
+        f"{out}: {result['bytes'] / 1e9:.2f} GB as {_FORMAT.value} ({dtype}) in {result['seconds']:.0f} s ({result['mb_per_s']:.0f} MB/s)."
+    )
+    if "verified" in result:
+        report(result["verified"])
+    elif _FORMAT.value in COMPARED:
+        print(f"Not compared with PyTorch: give --data, or run launch.export --verify={out} later.")
+
+
+def check(folder: Path, model: Any) -> None:
+    """Compares an exported folder with its model; without PyTorch, or a model and studies, with its receipt."""
+    from importlib.util import find_spec
+
+    from rad_jax.interop import receipt, verify
+    from rad_jax.serving import reference
+
+    found = reference.check_files(folder)
+    print(f"{folder}: {len(found['files'])} files, all with the hashes of the receipt.")
+    if model is not None and _DATA.value and find_spec("torch"):
+        result = verify.verify(folder, model, held_out(model), _NEW_TOKENS.value)
+        verify.check(result, folder)
+        receipt.add(folder, verified=result)
+        report(result)
+    elif "verified" in found:
+        print("Not compared again (that takes PyTorch, --checkpoint and --data). When it was:")
+        report(found["verified"])
+    else:
+        raise UserError(
+            f"{folder} was never compared with its model: give --checkpoint and --data, with PyTorch installed."
+        )
+
+
+def report(result: dict[str, Any]) -> None:
+    """One line on a comparison."""
+    print(
+        f"PyTorch and JAX agree on {result['studies']} studies (greatest difference: features "
+        f"{result['max_abs_feature_diff']:.1e}, logits {result['max_abs_logit_diff']:.1e}; token ids and texts equal; "
+        f"greatest activation {max(result['max_abs_activation'].values()):.0f} of float16's 65504)"
     )
 
 
-def held_out(data: Path, split: str, image_size: int, count: int) -> list[tuple[Any, str | None]]:
+def held_out(model: Any) -> list[tuple[Any, str | None]]:
     """The first frontal studies of a split: image uint8 [Y, X] as the model sees it, and indication."""
     from rad_jax import images, input_pipeline
 
+    if model.config is None or model.config.vision is None:
+        raise UserError("--data is for image-to-text models: this checkpoint is none.")
+    data, split, size = Path(_DATA.value or ""), _SPLIT.value, model.config.vision.image_size
     corpus = input_pipeline.Corpus.open(data)
-    if corpus.image_size < image_size:
-        raise UserError(f"{data} holds images of {corpus.image_size} pixels, the model needs {image_size}.")
+    if corpus.image_size < size:
+        raise UserError(f"{data} holds images of {corpus.image_size} pixels, the model needs {size}.")
     source = corpus.source(split)
-    records = [source[int(number)] for number in corpus.numbers(split, frontal_only=True)[:count]]
+    records = [source[int(number)] for number in corpus.numbers(split, frontal_only=True)[: _STUDIES.value]]
     return [
-        (images.centre_crop(images.decode_png(record["image"]), image_size), record["indication"] or None)
+        (images.centre_crop(images.decode_png(record["image"]), size), record["indication"] or None)
         for record in records
     ]
 

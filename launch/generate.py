@@ -19,7 +19,9 @@ from rad_jax.errors import UserError
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Run of launch.train (a stage 2 or 3).", required=True)
+    flags.DEFINE_string(
+        "checkpoint", None, "Run of launch.train (a stage 2 or 3), or base of launch.convert.", required=True
+    )
     flags.DEFINE_string("data", None, "Packed corpus; with --split and --out.")
     flags.DEFINE_string("split", "test", "Which studies of the corpus.")
     flags.DEFINE_string("out", None, "JSONL file to write.")
@@ -34,6 +36,12 @@ def define_flags() -> None:
         "top_p", 1.0, "Sample among the tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0
     )
     flags.DEFINE_integer("seed", 0, "Of the sampling and of the noise.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "To compute in; without it as the run was trained, for a converted base float32.",
+    )
 
 
 def main(_: Sequence[str]) -> None:
@@ -66,7 +74,7 @@ class Writer:
 
         run = load_run(checkpoint)
         self._mesh = sharding.make_mesh(jax.device_count(), 1, 1)
-        task, self._variables = tasks.restore(run, self._mesh)
+        task, self._variables = tasks.restore(run, self._mesh, options.dtype)
         vision = task.model.config.vision
         if not isinstance(task, tasks.Generative) or vision is None:
             raise UserError(f"{checkpoint} cannot write findings of an image: give a run of stage 2 or 3.")

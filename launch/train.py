@@ -16,7 +16,9 @@ from rad_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
 _DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).", required=True)
-_BASE = flags.DEFINE_list("base", [], "Runs that give the weights to start from, with commas; later ones win.")
+_BASE = flags.DEFINE_list(
+    "base", [], "Runs, and bases of launch.convert, that give the weights to start from, with commas; later ones win."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.", required=True
 )
@@ -29,11 +31,12 @@ def main(_: Sequence[str]) -> None:
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
+    tasks.adopt(config, bases)
     task = tasks.make_task(config)
     corpus = input_pipeline.Corpus.open(_DATA.value)
     tokenizer = corpus.tokenizer()
     tasks.check_vocabulary(task.model.config, tokenizer.vocab_size, tokenizer.path)
-    bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     if config.task == "generative":
         checkpoint.check_tokenizer(tokenizer.path, bases)
     mesh = sharding.make_mesh(**config.mesh)

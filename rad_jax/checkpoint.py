@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from rad_jax import FORMAT_VERSION, __version__
+from rad_jax import FORMAT_VERSION, __version__, base
 from rad_jax.errors import UserError, check_format
 from rad_jax.state import TrainState, Tree, join
 
@@ -92,17 +92,36 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run read back: its own weights laid over those of its bases, as numpy arrays, and its config."""
+    """A run or a converted base read back: its own weights laid over those of its bases, as numpy or lazy arrays, and its config.
+
+    Attributes:
+        tokenizer: file and sha256; None for a base that was converted without one.
+        step: of the checkpoint; 0 for a base.
+        sha256: stands for the content of its own weights.
+        source: of a base, the foreign format and configuration files it was made from.
+        carried: of a base, foreign tensors that the model never uses.
+        bases: the runs and bases under it.
+    """
 
     path: Path
     config: dict[str, Any]
-    tokenizer: dict[str, str]
+    tokenizer: dict[str, str] | None
     step: int
     sha256: str
     variables: Tree
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    carried: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    bases: tuple["Run", ...] = ()
+
+    def chain(self) -> list["Run"]:
+        """All runs and bases that the weights come from, the lowest first, itself last."""
+        return [run for base in self.bases for run in base.chain()] + [self]
 
     @property
     def tokenizer_file(self) -> Path:
+        """Raises UserError where there is none."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} has no tokenizer: convert it again with --tokenizer=FOLDER_OR_FILE.")
         return self.path / self.tokenizer["file"]
 
 
@@ -128,10 +147,7 @@ def open_workdir(
     if not file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tokenizer, workdir / tokenizer.name)
-        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.rename(file)
+        write_config(workdir, record)
         return
     found = read_config(workdir)
     old, new = _flat(found), _flat(json.loads(json.dumps(record)))
@@ -152,12 +168,19 @@ def check_tokenizer(tokenizer: Path, bases: Sequence[Run]) -> None:
         UserError: a base with a language model has another tokenizer.
     """
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    for base in bases:
-        if "llm" in base.variables["params"] and base.tokenizer["sha256"] != found:
+    for run in bases:
+        if "llm" in run.variables.get("params", {}) and run.tokenizer and run.tokenizer["sha256"] != found:
             raise UserError(
-                f"{tokenizer} is not the tokenizer that {base.path} learned with: "
-                f"pack the corpus again with --tokenizer={base.tokenizer_file}."
+                f"{tokenizer} is not the tokenizer that {run.path} learned with: "
+                f"pack the corpus again with --tokenizer={run.tokenizer_file}."
             )
+
+
+def write_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes `config.json`, whole or not at all."""
+    temporary = folder / "config.tmp"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.rename(folder / "config.json")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -170,7 +193,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{workdir} is not a run of launch.train: it has no config.json.") from None
+        raise UserError(
+            f"{workdir} is neither a run of launch.train nor a base of launch.convert: it has no config.json."
+        ) from None
     except ValueError:
         raise UserError(f"{file} is not valid JSON: restore it, or start the run in a new folder.") from None
     check_format(record.get("format_version"), file)
@@ -178,27 +203,34 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run's newest checkpoint and, under it, the runs it was based on.
+    """Reads a run's newest checkpoint, or a base, and under it the runs and bases it was made on.
 
     Raises:
-        UserError: no checkpoint, or a base that is missing or is no longer the one the run was trained on.
+        UserError: no checkpoint, damaged weights, or a base that is missing or is no longer the one the run was trained on.
     """
     record = read_config(path)
     bases = []
     for reference in record["bases"]:
-        base = load_run((path / reference["path"]).resolve())
-        if base.sha256 != reference["sha256"]:
+        under = load_run((path / reference["path"]).resolve())
+        if under.sha256 != reference["sha256"]:
             raise UserError(
-                f"{base.path} has changed since {path} was trained on it (its weights' hash differs): "
+                f"{under.path} has changed since {path} was trained on it (its weights' hash differs): "
                 "train again on the new base, or restore the old one."
             )
-        bases.append(base)
+        bases.append(under)
+    if "weights" in record:
+        own, carried = base.read_weights(path, record["weights"])
+        variables = join(*(under.variables for under in bases), own)
+        content = base.manifest_hash(record["weights"])
+        found = path.resolve(), record["config"], record["tokenizer"], 0, content, variables
+        return Run(*found, source=record["source"], carried=carried, bases=tuple(bases))
     steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
     if not steps:
         raise UserError(f"{path} has no finished checkpoint yet: run its training first.")
     own = read_trainable(path / "checkpoints" / str(max(steps)))
-    variables = join(*(base.variables for base in bases), own)
-    return Run(path.resolve(), record["config"], record["tokenizer"], max(steps), content_hash(own), variables)
+    variables = join(*(under.variables for under in bases), own)
+    found = path.resolve(), record["config"], record["tokenizer"], max(steps), content_hash(own), variables
+    return Run(*found, bases=tuple(bases))
 
 
 def read_trainable(checkpoint: Path) -> Tree:

@@ -39,7 +39,9 @@ def generate(
     Returns:
         int32 [B, U]; positions after a row's end hold `eos_id`.
     """
-    images = normalise(batch["image"], jnp) if "image" in batch else None
+    images, vision = None, model.config.vision
+    if vision is not None and "image" in batch:
+        images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
     logits, lengths, cache = model.apply(variables, batch["tokens"], batch["length"], images, method="prefill")
     room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, room), cache)

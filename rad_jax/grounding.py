@@ -27,10 +27,12 @@ def attention_to_image(model: Llava, variables: Tree, batch: dict[str, Any], que
         float32 [B, L, N, Q, P]: shares of attention on the patches, row by row over the image; they sum to less than one, the rest is
         on words.
     """
-    images = normalise(batch["image"], jnp)
+    vision = model.config.vision
+    assert vision is not None, "a language model alone looks at no image"
+    images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
     _, seen = model.apply(variables, batch["tokens"], batch["length"], images, queries, mutable=["attention"])
     weights = seen["attention"]["llm"]["layers"]["attn"]["weights"][0].transpose(1, 0, 2, 3, 4)
-    patches = model.config.image_tokens + 1
+    patches = vision.patches
     placeholder = jnp.argmax(batch["tokens"] == IMAGE_ID, axis=1)
     rows = queries + jnp.where(queries > placeholder[:, None], patches - 1, 0)
     weights = jnp.take_along_axis(weights, rows[:, None, None, :, None], axis=3)

@@ -3,12 +3,14 @@
 A film is read as 8-bit grey (`load_grey`), scaled so that its short side has the training size (`resize_short`), kept
 as PNG (`encode_png`), and at read time cut to a square (`centre_crop`) and normalised (`normalise`, on the host or on
 the device). The result equals the evaluation transform of open_clip, bit for bit: Pillow's antialiased bicubic filter
-on 8-bit values, long side rounded down, crop offset rounded half to even, the statistics of OpenAI's CLIP.
+on 8-bit values, long side rounded down, crop offset rounded half to even, the statistics of OpenAI's CLIP (a tower of
+another family brings its own).
 """
 
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from rad_jax.errors import UserError
 
 # Channel statistics of OpenAI's CLIP (Radford et al. 2021), for values in [0, 1].
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _DICOM_SUFFIXES = (".dcm", ".dicom", "")
@@ -112,18 +114,19 @@ def decode_png(data: bytes) -> np.ndarray:
     return _decode(data, "stored image")
 
 
-def normalise(images: Any, xp: Any = np) -> Any:
-    """Turns grey values into the three channels of the image tower: (x / 255 - MEAN) / STD.
+def normalise(images: Any, xp: Any = np, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Any:
+    """Turns grey values into the three channels of the image tower: (x / 255 - mean) / std.
 
     Args:
         images: uint8 [..., Y, X].
         xp: numpy or jax.numpy.
+        mean, std: of the three channels, the tower's own (`VitConfig.pixel_mean`, `pixel_std`).
 
     Returns:
         float32 [..., Y, X, C], C = 3.
     """
     unit = xp.asarray(images)[..., None].astype(xp.float32) / xp.float32(255)
-    return (unit - xp.asarray(MEAN)) / xp.asarray(STD)
+    return (unit - xp.asarray(mean, xp.float32)) / xp.asarray(std, xp.float32)
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
+
+from rad_jax.lazy import LazyArray
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -32,7 +34,7 @@ class LoraSpec:
 
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
-    """Kernels with their adapters folded in: W + (alpha / R) A B, computed in float32 and stored in the kernel's dtype.
+    """Kernels with their adapters folded in: W + (alpha / R) A B, in float32, a layer at a time when it is asked for.
 
     Args:
         params: tree whose adapted nodes hold `kernel` [L, *in, *out].
@@ -40,17 +42,24 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec
         spec: the adapters' rank and scale.
 
     Returns:
-        A tree like `params`.
+        A tree like `params`, lazy where there are adapters.
     """
     merged = dict(params)
     for name, node in adapters.items():
         if "a" in node:
-            kernel, a, b = params[name]["kernel"], node["a"], node["b"]
-            layers, rank = a.shape[0], a.shape[-1]
-            a = jnp.asarray(a, jnp.float32).reshape(layers, -1, rank)
-            b = jnp.asarray(b, jnp.float32).reshape(layers, rank, -1)
-            delta = spec.scale * jnp.einsum("lir,lro->lio", a, b, precision="highest")
-            merged[name] = {**params[name], "kernel": (kernel + delta.reshape(kernel.shape)).astype(kernel.dtype)}
+            merged[name] = {**params[name], "kernel": _folded(params[name]["kernel"], node["a"], node["b"], spec)}
         else:
             merged[name] = merge(params[name], node, spec)
     return merged
+
+
+def _folded(kernel: Any, a: Any, b: Any, spec: LoraSpec) -> LazyArray:
+    def read(layer: int) -> np.ndarray:
+        left = np.asarray(a[layer], np.float32).reshape(-1, spec.rank)
+        right = np.asarray(b[layer], np.float32).reshape(spec.rank, -1)
+        folded = left @ right
+        folded *= np.float32(spec.scale)
+        folded += np.asarray(kernel[layer]).reshape(folded.shape)
+        return folded.reshape(kernel.shape[1:])
+
+    return LazyArray(tuple(kernel.shape), np.dtype(np.float32), read, stacked=True)

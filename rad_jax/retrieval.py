@@ -24,9 +24,12 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
         images and texts float32 [n, E], unit length, and index int64 [n], the record numbers.
     """
 
+    vision = model.config.vision
+
     @jax.jit
     def both(variables: Tree, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        images, texts, _ = model.apply(variables, normalise(batch["image"], jnp), batch["tokens"], batch["length"])
+        pixels = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
+        images, texts, _ = model.apply(variables, pixels, batch["tokens"], batch["length"])
         return images, texts
 
     rows: dict[str, list[np.ndarray]] = {"images": [], "texts": [], "index": []}

@@ -57,6 +57,11 @@ def variable_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, nn.unbox(boxed), specs)
 
 
+def place(array: Any, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    """A numpy or lazy array on the mesh in `dtype`; each device's shard is read by itself."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], dtype))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -9,6 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rad_jax.errors import UserError
+from rad_jax.lazy import first_layers
 
 Tree = dict[str, Any]
 
@@ -62,7 +63,7 @@ def select(base: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
     for path in wanted.keys() & found.keys():
         leaf, shape = found[path], wanted[path].shape
         if "/blocks/" in path and leaf.shape[1:] == shape[1:]:
-            leaf = leaf[: shape[0]]
+            leaf = first_layers(leaf, shape[0])
         if leaf.shape != shape:
             raise UserError(
                 f"{path} is {leaf.shape} in the base but {shape} in this config: they are different models."

@@ -5,7 +5,7 @@ know the objective. Gradient accumulation is inside: `num_micro` slices of the b
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from rad_jax.images import normalise
 from rad_jax.lora import LoraSpec
 from rad_jax.models.bert import BertConfig
 from rad_jax.models.clip import Clip, ClipConfig
-from rad_jax.models.llama import LlamaConfig
+from rad_jax.models.llama import LlamaConfig, RopeScaling
 from rad_jax.models.llava import Llava, LlavaConfig
 from rad_jax.models.vit import VitConfig
 from rad_jax.state import Tree, join, select
@@ -50,7 +50,10 @@ def model_config(config: Any) -> ClipConfig | LlavaConfig:
     lora = dict(model.get("lora") or {})
     if lora:
         lora["targets"] = tuple(lora["targets"])
-    return LlavaConfig(LlamaConfig(**model["llm"]), vision, LoraSpec(**lora) if lora else None)
+    llm = dict(model["llm"])
+    if isinstance(llm.get("rope_scaling"), Mapping):
+        llm["rope_scaling"] = RopeScaling(**llm["rope_scaling"])
+    return LlavaConfig(LlamaConfig(**llm), vision, LoraSpec(**lora) if lora else None)
 
 
 def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -> None:
@@ -64,21 +67,62 @@ def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -
         raise UserError(f"{where} has {found} pieces but the config's vocab_size is {rows}: set it to {found} or more.")
 
 
+# What may differ between the model that weights were made with and the one that goes on with them: it does not change a number's meaning.
+_FREE = {"dtype", "remat", "unroll", "attention", "feature_layer", "max_positions", "dropout"}
+
+
+def adopt(config: Any, bases: Sequence[Run]) -> None:
+    """Completes `config.model` from the bases: what it leaves open is theirs, and what it says must be what they say.
+
+    Weights that were made with another epsilon, activation or rotary base would fit by their shapes and give other numbers.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    kinds = {"vision": VitConfig, "text": BertConfig, "llm": LlamaConfig, "lora": LoraSpec}
+    for run in bases:
+        for part in [part for part in kinds if run.config["model"].get(part) and config.model.get(part)]:
+            theirs, ours = run.config["model"][part], config.model[part]
+            full = {field.name: field.default for field in dataclasses.fields(kinds[part])} | theirs
+            for key in sorted(full.keys() - _FREE):
+                if key in ours and _plain(ours[key]) != _plain(full[key]):
+                    raise UserError(
+                        f"{run.path} has {part}.{key} = {_plain(full[key])!r} but the config says {_plain(ours[key])!r}: "
+                        f"give --config.model.{part}.{key}, or the base that belongs to this config."
+                    )
+                if key not in ours and key in theirs:
+                    with config.unlocked():
+                        ours[key] = theirs[key]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value.to_dict() if hasattr(value, "to_dict") else value
+
+
 def make_task(config: Any) -> "Generative | Contrastive":
     """The task that `config.task` names, over the model that `config.model` describes."""
     shape = model_config(config)
     return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape))
 
 
-def restore(run: Run, mesh: Mesh) -> "tuple[Generative | Contrastive, Tree]":
-    """A finished run's task, and its variables placed on the mesh.
+def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative | Contrastive, Tree]":
+    """The task of a finished run or a base, and its variables placed on the mesh.
+
+    Args:
+        run: as `checkpoint.load_run` gives it.
+        mesh: the devices.
+        dtype: to hold the weights and to compute in; without it the run's own, for a base float32.
 
     Raises:
-        UserError: the run and its bases do not give every variable.
+        UserError: the run and its bases do not give every variable, or are no whole model.
     """
     config = ml_collections.ConfigDict(run.config)
+    if config.task == "tower":
+        raise UserError(f"{run.path} is an image tower alone: name it in --base of a training, with what it lacks.")
     for part in {"vision", "text", "llm"} & set(config.model):
         config.model[part].attention = "xla"  # a run trained with a GPU's attention is read on any machine
+        config.model[part].dtype = dtype or config.model[part].get("dtype", "float32")
     task = make_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     shapes = nn.unbox(boxed)
@@ -86,9 +130,14 @@ def restore(run: Run, mesh: Mesh) -> "tuple[Generative | Contrastive, Tree]":
     missing = flatten_dict(shapes, sep="/").keys() - flatten_dict(variables, sep="/").keys()
     if missing:
         raise UserError(
-            f"{run.path} lacks {len(missing)} variables of its model, {min(missing)} the first: its bases are gone."
+            f"{run.path} lacks {len(missing)} variables of its model, {min(missing)} the first: it is no whole model."
         )
-    return task, jax.tree.map(jax.device_put, variables, sharding.variable_shardings(boxed, mesh))
+    places = sharding.variable_shardings(boxed, mesh)
+
+    def placed(leaf: Any, place: Any) -> Array:
+        return sharding.place(leaf, leaf.dtype if dtype is None else jnp.dtype(dtype), place)
+
+    return task, jax.tree.map(placed, variables, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +178,9 @@ class Generative:
         return jax.lax.scan(add, start, (micro, jnp.arange(num_micro)))[0]
 
     def _logits(self, variables: Tree, batch: Batch, rng: Array) -> Array:
-        images = normalise(batch["image"], jnp) if "image" in batch else None
+        images, vision = None, self.model.config.vision
+        if vision is not None and "image" in batch:
+            images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
         return self.model.apply(
             variables, batch["tokens"], batch["length"], images, batch["target_positions"], rngs={"dropout": rng}
         )
@@ -150,7 +201,8 @@ class Contrastive:
         del rng  # The towers have no dropout.
 
         def features(trainable: Tree, micro: Batch) -> tuple[Array, Array, Array]:
-            images = normalise(micro["image"], jnp)
+            vision = self.model.config.vision
+            images = normalise(micro["image"], jnp, vision.pixel_mean, vision.pixel_std)
             return self.model.apply(join(trainable, frozen), images, micro["tokens"], micro["length"])
 
         def loss(trainable: Tree) -> tuple[Array, tuple[Array, dict[str, Array]]]:

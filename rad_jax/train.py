@@ -128,7 +128,7 @@ def initial(
     made = jax.jit(draw, out_shardings={path: where[path] for path in fresh})()
     for path, leaf in given.items():
         dtype = config.frozen_dtype if path in stays else "float32"
-        made[path] = jax.device_put(leaf.astype(jnp.dtype(dtype)), where[path])
+        made[path] = sharding.place(leaf, jnp.dtype(dtype), where[path])
     trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
     frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
     return start(trainable, optimizer, config.seed, mesh), frozen

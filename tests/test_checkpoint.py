@@ -191,7 +191,7 @@ def test_base_that_changed_after_the_training_on_it(training, chain, tmp_path):
 
 def test_base_that_is_gone(chain, tmp_path):
     shutil.copytree(chain / "stage3", tmp_path / "stage3")
-    with pytest.raises(UserError, match=r"stage2 is not a run of launch.train"):
+    with pytest.raises(UserError, match=r"stage2 is neither a run of launch.train nor a base of launch.convert"):
         load_run(tmp_path / "stage3")
 
 

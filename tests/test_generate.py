@@ -19,13 +19,22 @@ NEVER = -1  # an end of text that no token is
 def models(training):
     """Stage -> model, random variables, and a batch of ragged prompts."""
 
-    def make(stage):
+    def make(stage, **vision):
         config = training.config(stage)
+        with config.unlocked():
+            if vision:
+                config.model.vision.update(vision)
         batch = training.batch(config, rows=4, seed=5)
         inputs = {name: batch[name] for name in ("image", "tokens", "length") if name in batch}
         return tasks.make_task(config).model, training.variables(config, seed=2), inputs
 
-    return {stage: make(stage) for stage in ("stage3", "lm")}
+    siglip = {"class_token": False, "activation": "gelu_tanh", "pixel_mean": [0.5] * 3, "pixel_std": [0.5, 0.4, 0.3]}
+    return {"stage3": make("stage3"), "lm": make("lm"), "no class token": make("stage3", **siglip)}
+
+
+def pixels(model, images):
+    """As the model's own tower wants them."""
+    return normalise(images, jnp, model.config.vision.pixel_mean, model.config.vision.pixel_std)
 
 
 def slowly(model, variables, batch, count):
@@ -39,7 +48,7 @@ def slowly(model, variables, batch, count):
     rows = []
     for row, length in enumerate(batch["length"]):
         ids = list(batch["tokens"][row, :length])
-        images = normalise(batch["image"][row : row + 1], jnp) if "image" in batch else None
+        images = pixels(model, batch["image"][row : row + 1]) if "image" in batch else None
         for _ in range(count):
             padded = np.array([ids + [0] * (room - len(ids))], np.int32)
             ids.append(int(last(padded, np.int32(len(ids)), images)))
@@ -57,7 +66,7 @@ def greedy(models):
     return {stage: quickly(*parts) for stage, parts in models.items()}
 
 
-@pytest.mark.parametrize("stage", ["stage3", "lm"])
+@pytest.mark.parametrize("stage", ["stage3", "lm", "no class token"])
 def test_cache_gives_what_full_passes_give(models, greedy, stage):
     """Prompts of different lengths in one batch, with and without images."""
     model, variables, batch = models[stage]
@@ -127,7 +136,7 @@ def test_temperature_divides_the_logits(models):
 def first_layer(model, variables, batch, row):
     """Attention weights [N, S, S] of the first layer for one row, written out: RMSNorm, projections with adapters, rotation, softmax."""
     length = batch["length"][row : row + 1]
-    tokens, images = batch["tokens"][row : row + 1, : length[0]], normalise(batch["image"][row : row + 1], jnp)
+    tokens, images = batch["tokens"][row : row + 1, : length[0]], pixels(model, batch["image"][row : row + 1])
     features = model.apply(variables, images, method="encode_image")
     x = np.asarray(model.apply(variables, tokens, length, features, method="splice")[0][0], np.float64)
     params, adapters = variables["params"]["llm"]["layers"], variables["lora"]["llm"]["layers"]["attn"]
@@ -148,15 +157,16 @@ def first_layer(model, variables, batch, row):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def test_attention_to_image(models):
+@pytest.mark.parametrize("stage", ["stage3", "no class token"])
+def test_attention_to_image(models, stage):
     """The first layer equals the attention written out; with the words' share every query of every layer gives one."""
-    model, variables, batch = models["stage3"]
+    model, variables, batch = models[stage]
     queries = np.stack([batch["length"] - 1, batch["length"] - 2], axis=1).astype(np.int32)
     seen = np.asarray(attention_to_image(model, variables, batch, queries))
     patches = model.config.vision.patches
     assert seen.shape == (4, 2, 2, 2, patches)
 
-    images = normalise(batch["image"], jnp)
+    images = pixels(model, batch["image"])
     _, state = model.apply(variables, batch["tokens"], batch["length"], images, queries, mutable=["attention"])
     whole = np.asarray(state["attention"]["llm"]["layers"]["attn"]["weights"][0])  # [L, B, N, S, S]
     for row in range(4):

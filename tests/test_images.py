@@ -129,9 +129,18 @@ def test_normalise_is_the_same_in_numpy_and_jax():
     host = images.normalise(batch)
     assert host.dtype == np.float32
     assert host.shape == (3, 12, 12, 3)
-    expected = (batch[..., None] / 255.0 - images.MEAN.astype(float)) / images.STD.astype(float)
+    expected = (batch[..., None] / 255.0 - np.array(images.MEAN)) / np.array(images.STD)
     np.testing.assert_allclose(host, expected, atol=1e-6)  # float32 against float64, values up to 2.7
     np.testing.assert_allclose(images.normalise(jnp.asarray(batch), jnp), host, atol=1e-6)
+
+
+def test_normalise_with_the_statistics_of_another_tower():
+    batch = film(12, 12)[None]
+    half = images.normalise(batch, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    np.testing.assert_allclose(half[..., 1], batch / 127.5 - 1.0, atol=1e-6)
+    channels = images.normalise(batch, mean=(0.0, 0.1, 0.2), std=(1.0, 2.0, 4.0))
+    expected = (batch[..., None] / 255.0 - [0.0, 0.1, 0.2]) / [1.0, 2.0, 4.0]
+    np.testing.assert_allclose(channels, expected, atol=1e-6)
 
 
 def open_clip_transform(size: int):
@@ -152,7 +161,7 @@ def test_pixels_equal_open_clip(height, width):
     theirs = transform(Image.fromarray(image)).numpy()
     ours = prepared(image, 518)
     np.testing.assert_array_equal(images.normalise(ours[None])[0].transpose(2, 0, 1), theirs)
-    mean, std = images.MEAN[:, None, None], images.STD[:, None, None]
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (images.MEAN, images.STD))
     np.testing.assert_array_equal(np.rint((theirs * std + mean) * 255).astype(np.uint8)[0], ours)
 
 

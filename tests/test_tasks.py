@@ -1,5 +1,6 @@
 """The two objectives: sums, weights, gradients of what trains, accumulation."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 
 from rad_jax import tasks
 from rad_jax.errors import UserError
+from rad_jax.models.llama import RopeScaling
+from rad_jax.models.llava import LlavaConfig
 from rad_jax.state import split
 
 # float32 sums in another order through models of three layers, relative to the largest entry of a leaf; measured: 1.6e-5.
@@ -161,6 +164,12 @@ def test_model_from_a_config_read_back_from_json(training):
         config = training.config(stage)
         again = ConfigDict(json.loads(json.dumps(config.to_dict())))
         assert tasks.model_config(again) == tasks.model_config(config)
+    llm = {**training.config("lm").model.llm.to_dict(), "rope_scaling": {"kind": "linear", "factor": 2.0}}
+    vision = {**training.config("stage2").model.vision.to_dict(), "pixel_mean": [0.5, 0.5, 0.5]}
+    shape = tasks.model_config(ConfigDict({"task": "generative", "model": {"llm": llm, "vision": vision}}))
+    assert isinstance(shape, LlavaConfig) and shape.vision is not None
+    assert shape.llm.rope_scaling == RopeScaling("linear", 2.0) and shape.vision.pixel_mean == (0.5, 0.5, 0.5)
+    assert hash(shape) == hash(dataclasses.replace(shape))
 
 
 @pytest.mark.parametrize("stage", ["lm", "stage1"])

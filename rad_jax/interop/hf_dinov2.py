@@ -12,17 +12,19 @@ def table(config: VitConfig) -> Table:
     A tower without LayerScale is one whose gains are all one.
 
     Raises:
-        UserError: a tower that Dinov2Model cannot hold (OpenAI CLIP's).
+        UserError: a tower that Dinov2Model cannot hold (OpenAI CLIP's, SigLIP's).
     """
     c, width = config, (config.width,)
     if c.pre_norm or not c.patch_bias:
         raise UserError(
             "a tower with a norm before its blocks or without patch bias (OpenAI CLIP's) cannot be a Dinov2Model."
         )
+    if not c.class_token:
+        raise UserError("a tower without class token (SigLIP's) cannot be a Dinov2Model.")
     heads = (c.heads, c.width // c.heads)
     stem: list[Entry] = [
         same("cls_token", "embeddings.cls_token", (1, 1, c.width)),
-        same("pos_embed", "embeddings.position_embeddings", (1, 1 + c.patches, c.width)),
+        same("pos_embed", "embeddings.position_embeddings", (1, c.tokens, c.width)),
         filler("embeddings.mask_token", (1, c.width)),
         *patches("patch_embed", "embeddings.patch_embeddings.projection", c.patch_size, CHANNELS, c.width, True),
     ]

@@ -1,11 +1,20 @@
-"""transformers' LlamaForCausalLM, and so Vicuna. Its rotary layout (halves) is ours."""
+"""transformers' LlamaForCausalLM, and so Vicuna and Mistral. Its rotary layout (halves) is ours."""
 
+import numpy as np
+
+from rad_jax.errors import UserError
 from rad_jax.interop.tables import Entry, Table, linear, same, stacked
 from rad_jax.models.llama import LlamaConfig
 
 
-def table(config: LlamaConfig) -> Table:
-    """The decoder with its own head (not tied to the embedding)."""
+def table(config: LlamaConfig, tied: bool = False) -> Table:
+    """The decoder.
+
+    Args:
+        config: of the decoder.
+        tied: the head is the embedding again and is not in the file. Ours is a leaf of its own all the same; storing refuses one that is
+            no longer the embedding.
+    """
     c, width = config, (config.width,)
     heads, kv_heads = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
     layer = "model.layers.{}."
@@ -20,10 +29,25 @@ def table(config: LlamaConfig) -> Table:
         *linear("layers/mlp/up", f"{layer}mlp.up_proj", width, (c.mlp_dim,), bias=False),
         *linear("layers/mlp/down", f"{layer}mlp.down_proj", (c.mlp_dim,), width, bias=False),
     ]
+    embedding, shape = "model.embed_tokens.weight", (c.vocab_size, c.width)
     entries: tuple[Entry, ...] = (
-        same("embed/embedding", "model.embed_tokens.weight", (c.vocab_size, c.width)),
+        _shared(embedding, shape) if tied else same("embed/embedding", embedding, shape),
         *stacked(block, c.depth),
         same("norm/scale", "model.norm.weight", width),
-        *linear("head", "lm_head", width, (c.vocab_size,), bias=False),
+        *([] if tied else linear("head", "lm_head", width, (c.vocab_size,), bias=False)),
     )
-    return Table("LlamaForCausalLM", entries, (r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))
+    # Some writers store a tied head too; transformers does not read it.
+    ignored = (r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", *([r"lm_head\.weight"] if tied else []))
+    return Table("LlamaForCausalLM", entries, ignored)
+
+
+def _shared(name: str, shape: tuple[int, int]) -> Entry:
+    """One matrix [V, D] that is embedding and, transposed, head."""
+
+    def write(embedding: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        if not np.array_equal(embedding, kernel.T):
+            raise UserError("the head is no longer the embedding, so it cannot be stored tied to it.")
+        return embedding
+
+    leaves = (("embed/embedding", shape), ("head/kernel", shape[::-1]))
+    return Entry(name, shape, leaves, lambda x: (x, x.T), write)

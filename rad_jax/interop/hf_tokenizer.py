@@ -47,12 +47,13 @@ class BundleTokenizer:
         }
 
 
-def build(path: Path, rows: int) -> BundleTokenizer:
+def build(path: Path, rows: int, image_id: int | None = None) -> BundleTokenizer:
     """The bundle's tokenizer from the one that the model was trained with.
 
     Args:
         path: `tokenizer.json` or SentencePiece's `tokenizer.model`.
         rows: V, rows of the model's embedding; ids from there on are free for `<image>` and `<pad>`.
+        image_id: the row that the model has for `<image>` already, if it has one; `<pad>` comes after it.
 
     Raises:
         UserError: a BERT vocabulary, or more tokens than rows.
@@ -67,9 +68,15 @@ def build(path: Path, rows: int) -> BundleTokenizer:
         raise UserError(
             f"{path} has {pipeline.get_vocab_size()} tokens but the model has {rows} rows: not its tokenizer."
         )
-    # Ids follow one another in a tokenizer; names for rows that no piece has keep `<image>` behind the last row.
-    pipeline.add_special_tokens([f"<unused{row}>" for row in range(pipeline.get_vocab_size(), rows)])
+    if pipeline.token_to_id(IMAGE) is None:
+        start = rows if image_id is None else image_id
+        # Ids follow one another in a tokenizer; names for rows that no piece has keep `<image>` behind the last row.
+        pipeline.add_special_tokens([f"<unused{row}>" for row in range(pipeline.get_vocab_size(), start)])
     pipeline.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (IMAGE, PAD)])
+    if image_id is not None and pipeline.token_to_id(IMAGE) != image_id:
+        raise UserError(
+            f"{path}: <image> would get the id {pipeline.token_to_id(IMAGE)}, but the model has it at {image_id}."
+        )
     bos, eos = pipeline.id_to_token(ours.bos_id), pipeline.id_to_token(ours.eos_id)
     pipeline.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ours.bos_id)]

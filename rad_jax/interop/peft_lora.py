@@ -7,6 +7,19 @@ from rad_jax.lora import LoraSpec
 from rad_jax.models.llama import LlamaConfig
 
 PREFIX = "base_model.model."  # what peft puts before the adapted model's own names
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def plain_name(name: str) -> str:
+    """The name on a language model alone, of an adapter that was trained inside a LLaVA of transformers 5 or 4."""
+    for inside in ("model.language_model.layers.", "language_model.model.layers."):
+        name = name.replace(PREFIX + inside, f"{PREFIX}model.layers.")
+    return name.replace(".default.weight", ".weight")  # peft's name of the adapter, in a plain state_dict
+
+
+def block(target: str) -> str:
+    """The part of a layer that a projection belongs to, by its foreign name."""
+    return "mlp" if target in ("gate", "up", "down") else "self_attn"
 
 
 def table(config: LlamaConfig, spec: LoraSpec) -> Table:
@@ -24,8 +37,8 @@ def table(config: LlamaConfig, spec: LoraSpec) -> Table:
     }
     entries: list[Entry] = []
     for target in spec.targets:
-        ours, theirs = ("mlp", "mlp") if target in ("gate", "up", "down") else ("attn", "self_attn")
-        name = f"{PREFIX}model.layers.{{}}.{theirs}.{target}_proj"
+        ours = "mlp" if block(target) == "mlp" else "attn"
+        name = f"{PREFIX}model.layers.{{}}.{block(target)}.{target}_proj"
         entries += _pair(f"layers/{ours}/{target}", name, *axes[target], spec.rank)
     return Table("peft LoRA", stacked(entries, c.depth))
 

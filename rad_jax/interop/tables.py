@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Entry:
         read: the foreign tensor to our leaves.
         write: our leaves to the foreign tensor; the inverse of `read`.
         layers: L where our leaves are stacked [L, ...], None where they are not.
+        unread: whether the foreign model never uses the tensor, so that a base carries it as it is.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry:
     read: Callable[[np.ndarray], Leaves]
     write: Callable[..., np.ndarray]
     layers: int | None = None
+    unread: bool = False
 
     def names(self) -> list[str]:
         """The foreign names, layer by layer."""
@@ -71,46 +73,97 @@ def stacked(entries: Iterable[Entry], layers: int) -> tuple[Entry, ...]:
     return tuple(dataclasses.replace(entry, layers=layers) for entry in entries)
 
 
-def load(table: Table, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameter tree from foreign tensors, in their dtype.
+class Piece(NamedTuple):
+    """One leaf of ours, of one layer where it is stacked: what a base has on disk."""
+
+    path: str
+    layer: int | None
+    shape: Shape
+    dtype: np.dtype
+
+
+def check(table: Table, shapes: Mapping[str, Shape]) -> list[str]:
+    """Refuses foreign tensors that the table does not describe.
 
     Args:
         table: the foreign format.
-        tensors: by name; read one at a time, so it may be a view of a file.
+        shapes: of all foreign tensors, by name.
+
+    Returns:
+        Names that the model never uses, to be carried along.
 
     Raises:
         UserError: names that are missing or that the table does not know, or tensors of another shape; all of them are listed.
     """
     wanted = table.shapes()
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
-    unknown = [name for name in tensors if name not in wanted and not ignored.fullmatch(name)]
-    _refuse(table, missing=[name for name in wanted if name not in tensors], unknown=unknown)
-    leaves: dict[str, np.ndarray] = {}
-    misshapen = []
+    unread = {name for entry in table.entries if entry.unread for name in entry.names()}
+    _refuse(
+        table,
+        missing=[name for name in wanted if name not in shapes and name not in unread],
+        unknown=[name for name in shapes if name not in wanted and not ignored.fullmatch(name)],
+        misshapen=[
+            f"{name} {tuple(shapes[name])} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    )
+    return [name for name in shapes if name in unread or name not in wanted]
+
+
+def pieces(table: Table, dtypes: Mapping[str, np.dtype]) -> list[Piece]:
+    """What `read` gives, in its order, known before anything is read."""
+    return [
+        Piece(path, layer if entry.layers is not None else None, shape, dtypes[name])
+        for entry in table.entries
+        for layer, name in enumerate(entry.names())
+        for path, shape in entry.leaves
+    ]
+
+
+def read(table: Table, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The values of `pieces`; foreign tensors are looked up one at a time, those without a place of ours only to be checked."""
     for entry in table.entries:
-        for layer, name in enumerate(entry.names()):
-            tensor = np.asarray(tensors[name])
-            if tensor.shape != entry.shape:
-                misshapen.append(f"{name} {tensor.shape} instead of {entry.shape}")
-                continue
-            for (path, shape), leaf in zip(entry.leaves, entry.read(tensor), strict=True):
-                if entry.layers is None:
-                    leaves[path] = leaf
-                else:
-                    stack = leaves.setdefault(path, np.empty((entry.layers, *shape), leaf.dtype))
-                    stack[layer] = leaf
-    _refuse(table, misshapen=misshapen)
+        for name in entry.names():
+            if not entry.unread:
+                yield from entry.read(tensors[name])
+
+
+def load(table: Table, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Our parameter tree from foreign tensors, in their dtype.
+
+    Raises:
+        UserError: as `check` does.
+    """
+    tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    check(table, {name: tensor.shape for name, tensor in tensors.items()})
+    stacks = {path: entry.layers for entry in table.entries for path, _ in entry.leaves}
+    leaves: dict[str, np.ndarray] = {}
+    found = pieces(table, {name: tensor.dtype for name, tensor in tensors.items()})
+    for piece, value in zip(found, read(table, tensors), strict=True):
+        layers = stacks[piece.path]
+        if layers is None:
+            leaves[piece.path] = value
+        else:
+            leaves.setdefault(piece.path, np.empty((layers, *piece.shape), piece.dtype))[piece.layer] = value
     return unflatten(leaves)
 
 
-def store(table: Table, tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def store(
+    table: Table, tree: Mapping[str, Any], carried: Mapping[str, np.ndarray] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Foreign names and tensors from our parameter tree, one at a time, in the tree's dtype.
+
+    Args:
+        table: the foreign format.
+        tree: of arrays, lazy ones among them.
+        carried: foreign tensors that the model never uses, as they came.
 
     Raises:
         UserError: leaves that are missing or that the table does not know, or of another shape; all of them are listed. Raised at the
             first item, before anything is yielded.
     """
-    found = flatten(tree)
+    found, carried = flatten(tree), dict(carried or {})
     wanted = {
         path: shape if entry.layers is None else (entry.layers, *shape)
         for entry in table.entries
@@ -128,10 +181,29 @@ def store(table: Table, tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarr
     )
     for entry in table.entries:
         for layer, name in enumerate(entry.names()):
+            if name in carried:
+                yield name, carried.pop(name)
+                continue
             leaves = [found[path] for path, _ in entry.leaves]
             if entry.layers is not None:
                 leaves = [leaf[layer] for leaf in leaves]
-            yield name, np.asarray(entry.write(*(np.asarray(leaf) for leaf in leaves)), order="C")
+            yield name, entry.write(*(np.asarray(leaf) for leaf in leaves))
+    yield from carried.items()
+
+
+def outline(
+    table: Table, tree: Mapping[str, Any], carried: Mapping[str, np.ndarray] | None = None
+) -> dict[str, tuple[Shape, np.dtype]]:
+    """Name, shape and dtype of what `store` gives, in its order. Tensors that have no leaf of ours are of the first leaf's dtype."""
+    found, carried = flatten(tree), dict(carried or {})
+    usual = np.dtype(next(iter(found.values())).dtype)
+    plan = {}
+    for entry in table.entries:
+        dtype = np.dtype(found[entry.leaves[0][0]].dtype) if entry.leaves else usual
+        for name in entry.names():
+            kept = carried.pop(name, None)
+            plan[name] = (entry.shape, dtype) if kept is None else (kept.shape, kept.dtype)
+    return plan | {name: (tensor.shape, tensor.dtype) for name, tensor in carried.items()}
 
 
 def same(path: str, name: str, shape: Shape, foreign: Shape | None = None) -> Entry:
@@ -213,7 +285,7 @@ def constant(name: str, shape: Shape, value: float) -> Entry:
 
 def filler(name: str, shape: Shape) -> Entry:
     """A tensor that the foreign model has and never uses: written as zeros, whatever it holds is not read."""
-    return Entry(name, shape, (), lambda x: (), lambda: np.zeros(shape, np.float32))
+    return Entry(name, shape, (), lambda x: (), lambda: np.zeros(shape, np.float32), unread=True)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

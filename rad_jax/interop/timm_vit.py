@@ -12,8 +12,8 @@ def table(config: VitConfig) -> Table:
     heads = (c.heads, c.width // c.heads)
     stem: list[Entry] = [
         *patches("patch_embed", "patch_embed.proj", c.patch_size, CHANNELS, c.width, c.patch_bias),
-        same("cls_token", "cls_token", (1, 1, c.width)),
-        same("pos_embed", "pos_embed", (1, 1 + c.patches, c.width)),
+        *([same("cls_token", "cls_token", (1, 1, c.width))] if c.class_token else []),
+        same("pos_embed", "pos_embed", (1, c.tokens, c.width)),
         *(norm("pre_norm", "norm_pre", c.width) if c.pre_norm else []),
     ]
     block = [

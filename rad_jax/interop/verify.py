@@ -1,6 +1,7 @@
 """Whether PyTorch makes the same of an exported bundle as JAX makes of the model it came from."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from rad_jax.errors import UserError
 from rad_jax.generate import generate
 from rad_jax.images import normalise
-from rad_jax.interop.bundle import merged
+from rad_jax.interop.exported import Exported
+from rad_jax.lazy import first_layers
 from rad_jax.models.llava import Llava, LlavaConfig
-from rad_jax.models.vit import Vit
+from rad_jax.models.vit import Vit, VitConfig
 from rad_jax.prompts import IMAGE_ID, Tokenizer, load_tokenizer, question, render_v1
 from rad_jax.serving import reference
 
@@ -22,39 +24,38 @@ Study = tuple[np.ndarray, str | None]  # image uint8 [Y, X], indication
 
 # Differences in float32 of the same mathematics summed in another order; measured 1e-6 to 1e-5 on small models, more at full depth.
 PIXELS, FEATURES, LOGITS = 1e-5, 1e-4, 1e-3
+LARGEST_FLOAT16 = 65504.0
 
 
-def verify(
-    bundle: Path,
-    variables: Mapping[str, Any],
-    config: LlavaConfig,
-    tokenizer_path: Path,
-    studies: Sequence[Study],
-    max_new_tokens: int,
-) -> dict[str, Any]:
+def verify(bundle: Path, exported: Exported, studies: Sequence[Study], max_new_tokens: int) -> dict[str, Any]:
     """Compares token ids, pixels, tower features, logits and greedy text on some studies, both sides computing in float32.
 
     Args:
-        bundle: folder that `bundle.write` made.
-        variables, config, tokenizer_path: what it was made from. A bundle in float16 is compared with weights rounded to float16.
+        bundle: folder that `bundle.write` made, with its receipt.
+        exported: what it was made from. A bundle in float16 is compared with weights rounded to float16.
         studies: images of the tower's size, and indications.
         max_new_tokens: how far the greedy texts go.
 
     Returns:
         max_abs_pixel_diff, max_abs_feature_diff, max_abs_logit_diff (over all words of prompt and text, pieces of the model's own
-        vocabulary), token_ids_equal, text_equal, studies.
+        vocabulary), token_ids_equal, text_equal, studies; max_abs_activation, the greatest output of each block in PyTorch, which
+        float16 must hold; versions of the libraries.
 
     Raises:
         UserError: the bundle cannot be loaded, or lacks or adds weights.
     """
     torch_side = reference.load(bundle)
-    variables, config = _as_stored(variables, config, torch_side.record["dtype"])
+    tokenizer_path = exported.tokenizer
+    if exported.config is None or exported.config.vision is None or tokenizer_path is None:
+        raise UserError(f"{bundle}: only an image-to-text model with its tokenizer can be compared on studies.")
+    dtype = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["dtype"]
+    variables, config = _as_stored(exported, dtype)
     tokenizer = load_tokenizer(tokenizer_path)
     with jax.default_matmul_precision("highest"):
         ours = _jax_side(variables, config, tokenizer, studies, max_new_tokens)
     assert config.vision is not None
     image_id = torch_side.model.config.image_token_index
-    result = dict.fromkeys(("max_abs_pixel_diff", "max_abs_feature_diff", "max_abs_logit_diff"), 0.0)
+    result: dict[str, Any] = dict.fromkeys(("max_abs_pixel_diff", "max_abs_feature_diff", "max_abs_logit_diff"), 0.0)
     ids_equal = text_equal = True
 
     def differ(name: str, a: np.ndarray, b: np.ndarray) -> None:
@@ -64,14 +65,15 @@ def verify(
     for (image, indication), (prompt, written, features, logits) in zip(studies, ours, strict=True):
         expanded = _expanded(prompt, image_id, config.vision.patches)
         ids_equal &= torch_side.prompt(image, indication) == expanded
-        differ("max_abs_pixel_diff", normalise(image), torch_side.pixels(image))
+        differ("max_abs_pixel_diff", _normalised(image, config.vision), torch_side.pixels(image))
         differ("max_abs_feature_diff", features, torch_side.features(image))
         theirs = torch_side.logits(expanded + written, image)
         words = np.array([token != image_id for token in expanded + written])
         differ("max_abs_logit_diff", logits, theirs[words][:, : config.llm.vocab_size])
         new = torch_side.greedy(expanded, image, max_new_tokens)
         text_equal &= new == written and torch_side.text(new) == tokenizer.decode(written)
-    return {**result, "token_ids_equal": ids_equal, "text_equal": text_equal, "studies": len(studies)}
+    result |= {"token_ids_equal": ids_equal, "text_equal": text_equal, "studies": len(studies)}
+    return result | {"max_abs_activation": torch_side.activations(*studies[0]), "versions": reference.versions()}
 
 
 def check(result: Mapping[str, Any], bundle: Path) -> None:
@@ -85,22 +87,29 @@ def check(result: Mapping[str, Any], bundle: Path) -> None:
     wrong = [
         f"{name} {result[name]:.1e} is over {limit:.0e}" for name, limit in limits.items() if not result[name] <= limit
     ]
+    wrong += [
+        f"the output of {block} reaches {value:.0f}, beyond float16"
+        for block, value in result["max_abs_activation"].items()
+        if not value <= LARGEST_FLOAT16
+    ]
     wrong += [f"{name} is false" for name in ("token_ids_equal", "text_equal") if not result[name]]
     if wrong:
         raise UserError(f"{bundle}: PyTorch and JAX do not agree on this bundle: {'; '.join(wrong)}; do not use it.")
 
 
-def _as_stored(variables: Mapping[str, Any], config: LlavaConfig, dtype: str) -> tuple[dict[str, Any], LlavaConfig]:
+def _as_stored(exported: Exported, dtype: str) -> tuple[dict[str, Any], LlavaConfig]:
     """The model to compare with, to be computed in float32: blocks after the features cut off, and weights rounded as the bundle's are.
 
     In float32 nothing is rounded, and adapters stay apart, so that their merging is compared too.
     """
+    variables, config = exported.variables, exported.config
+    assert config is not None
     if dtype != "float32":
-        variables, config = {"params": merged(variables, config)}, dataclasses.replace(config, lora=None)
+        variables, config = {"params": exported.merged()}, dataclasses.replace(config, lora=None)
     assert config.vision is not None
     params, used = variables["params"], config.vision.blocks_used
     tower = {name: node for name, node in params["vision"].items() if name != "norm"}
-    tower["blocks"] = jax.tree.map(lambda x: x[:used], tower["blocks"])
+    tower["blocks"] = jax.tree.map(lambda x: first_layers(x, used), tower["blocks"])
     kept = {"params": {"vision": tower, "projector": params["projector"], "llm": params["llm"]}}
     if config.lora is not None:
         kept["lora"] = variables["lora"]
@@ -134,14 +143,22 @@ def _jax_side(
         row[len(ids) : len(ids) + len(more)] = more
     lengths = lengths + np.array([len(more) for more in written], np.int32)
     everywhere = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    pixels = normalise(images)
+    assert config.vision is not None
+    pixels = _normalised(images, config.vision)
     logits = np.asarray(jax.jit(model.apply)(variables, tokens, lengths, pixels, everywhere))
-    features = np.asarray(jax.jit(Vit(config.vision).apply)({"params": variables["params"]["vision"]}, pixels))[:, 1:]
+    states = jax.jit(Vit(config.vision).apply)({"params": variables["params"]["vision"]}, pixels)
+    features = np.asarray(states)[:, -config.vision.patches :]
     words = (tokens != IMAGE_ID) & (everywhere < lengths[:, None])
     return [
         (ids, more, states, row[real])
         for ids, more, states, row, real in zip(prompts, written, features, logits, words, strict=True)
     ]
+
+
+def _normalised(images: np.ndarray, vision: VitConfig) -> np.ndarray:
+    """uint8 [..., Y, X] to float32 [..., Y, X, C] with the tower's own statistics."""
+    normalised: np.ndarray = normalise(images, np, vision.pixel_mean, vision.pixel_std)
+    return normalised
 
 
 def _until(ids: list[int], eos_id: int) -> list[int]:

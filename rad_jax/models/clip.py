@@ -22,10 +22,14 @@ class ClipConfig:
     text: BertConfig
     embed_dim: int
 
+    def __post_init__(self) -> None:
+        if not self.vision.class_token:
+            raise ValueError("the contrastive model embeds an image by its class token, but this tower has none")
+
     @property
     def image_tokens(self) -> int:
         """Tokens an image gives: its patches and the class token."""
-        return self.vision.patches + 1
+        return self.vision.tokens
 
 
 class TextHead(nn.Module):

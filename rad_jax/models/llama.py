@@ -1,6 +1,8 @@
 """Llama decoder (Touvron et al. 2023): RMSNorm, rotary positions in Hugging Face's half-split layout, SwiGLU, grouped-query attention."""
 
 import dataclasses
+import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,26 @@ Cache = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for rows longer than those of pretraining, as transformers' `modeling_rope_utils.py` does it.
+
+    "linear" divides every frequency by `factor` (Chen et al. 2023, position interpolation). "llama3" (Llama 3.1; Grattafiori et al. 2024)
+    divides those that turn less than `low_freq_factor` times within `original_max_positions`, keeps those that turn more than
+    `high_freq_factor` times, and blends between; its three numbers mean nothing to "linear" and default to Llama 3.1's.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling {self.kind!r} is not one of linear, llama3")
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Shape of the decoder."""
 
@@ -26,6 +48,7 @@ class LlamaConfig:
     mlp_dim: int
     eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_positions: int = 4096
     dtype: str = "float32"
     remat: str = "none"
@@ -45,23 +68,37 @@ class Step:
     lengths: Array | None
 
 
-def rope(x: Array, positions: Array, theta: float) -> Array:
+def rope(x: Array, positions: Array, theta: float, scaling: RopeScaling | None = None) -> Array:
     """Rotary position embedding (Su et al. 2021), first half of H paired with the second (Hugging Face's layout).
 
     Args:
         x: [B, S, N, H].
         positions: int32 [B, S].
         theta: base of the frequencies.
+        scaling: of the frequencies, for long rows.
 
     Returns:
         [B, S, N, H] in x's dtype; angles are computed in float32.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = _scaled(theta ** (-jnp.arange(half, dtype=jnp.float32) / half), scaling)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _scaled(frequencies: Array, scaling: RopeScaling | None) -> Array:
+    """Frequencies [H / 2] in radians per token, lowered."""
+    if scaling is None:
+        return frequencies
+    lowered = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return lowered
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - kept) * lowered + kept * frequencies
 
 
 def empty_cache(config: LlamaConfig, batch: int, length: int) -> Cache:
@@ -84,8 +121,8 @@ class SelfAttention(nn.Module):
             y = _dense(c, self.lora, name, (count, c.head_dim), ("embed", axis, "head_dim"))(x)
             return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
-        q = rope(heads("q", c.heads, "heads"), step.positions, c.rope_theta)
-        k = rope(heads("k", c.kv_heads, "kv_heads"), step.positions, c.rope_theta)
+        q = rope(heads("q", c.heads, "heads"), step.positions, c.rope_theta, c.rope_scaling)
+        k = rope(heads("k", c.kv_heads, "kv_heads"), step.positions, c.rope_theta, c.rope_scaling)
         v = heads("v", c.kv_heads, "kv_heads")
         if cache is None:
             y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)

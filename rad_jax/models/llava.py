@@ -42,8 +42,8 @@ class Llava(nn.Module):
             self.projector = Projector(c.llm.width, jnp.dtype(c.llm.dtype))
 
     def encode_image(self, images: Array) -> Array:
-        """float[B, Y, X, C] -> [B, P, D]: patch features of the chosen block (class token dropped), projected."""
-        return self.projector(self.vision(images)[:, 1:])
+        """float[B, Y, X, C] -> [B, P, D]: patch features of the chosen block (a class token is dropped), projected."""
+        return self.projector(self.vision(images)[:, -self.vision.config.patches :])
 
     def splice(self, tokens: Array, lengths: Array, image_features: Array | None) -> tuple[Array, Array, Array]:
         """Words and image in one row.

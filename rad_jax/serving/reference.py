@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from rad_jax.errors import UserError, check_format
 from rad_jax.images import normalise
 from rad_jax.prompts import question
 
-RECORD = "rad_jax.json"
+RECORD = "receipt.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A loaded bundle: transformers' model (float32, on the CPU) and processor, and the contents of `rad_jax.json`."""
+    """A loaded bundle: transformers' model (float32, on the CPU) and processor, and the contents of `receipt.json`."""
 
     model: Any
     processor: Any
@@ -44,15 +45,17 @@ class Reference:
 
         tower = self.model.model.vision_tower
         with torch.inference_mode():
-            states = tower(_tensor(image), output_hidden_states=True).hidden_states
-        return states[self.model.config.vision_feature_layer][0, 1:].numpy()
+            states = tower(self._tensor(image), output_hidden_states=True).hidden_states
+        config = self.model.config
+        first = 1 if config.vision_feature_select_strategy == "default" else 0  # "default" drops the class token
+        return states[config.vision_feature_layer][0, first:].numpy()
 
     def logits(self, ids: list[int], image: np.ndarray) -> np.ndarray:
         """Logits float32 [S, V] of one row of ids, placeholders expanded."""
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.tensor([ids]), pixel_values=_tensor(image))
+            output = self.model(input_ids=torch.tensor([ids]), pixel_values=self._tensor(image))
         return output.logits[0].float().numpy()
 
     def greedy(self, ids: list[int], image: np.ndarray, max_new_tokens: int) -> list[int]:
@@ -64,14 +67,46 @@ class Reference:
             output = self.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                pixel_values=_tensor(image),
+                pixel_values=self._tensor(image),
                 max_new_tokens=max_new_tokens,
             )
         return output[0, len(ids) :].tolist()
 
+    def activations(self, image: np.ndarray, indication: str | None) -> dict[str, float]:
+        """Greatest absolute output of each block of tower and decoder on one prompt, by the block's name."""
+        import torch
+
+        found: dict[str, float] = {}
+
+        def hook(name: str) -> Any:
+            def look(_: Any, __: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                found[name] = float(states.abs().max())
+
+            return look
+
+        blocks = re.compile(r"(?:.*\.)?(?:layer|layers|encoder\.layers)\.\d+")
+        named = [(n, m) for n, m in self.model.named_modules() if blocks.fullmatch(n)]
+        hooks = [module.register_forward_hook(hook(name)) for name, module in named]
+        try:
+            with torch.inference_mode():
+                self.model(input_ids=torch.tensor([self.prompt(image, indication)]), pixel_values=self._tensor(image))
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return found
+
     def text(self, ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _tensor(self, image: np.ndarray) -> Any:
+        """uint8 [Y, X] prepared as in training, with the statistics of the bundle, as torch's [1, C, Y, X]."""
+        import torch
+
+        way = self.processor.image_processor
+        pixels = normalise(image, np, way.image_mean, way.image_std)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
 
     def _processed(self, image: np.ndarray, text: str) -> Any:
         from PIL import Image
@@ -108,11 +143,15 @@ def load(bundle: Path) -> Reference:
     ]
     if wrong:
         raise UserError(f"{bundle}: the weights do not fill the PyTorch model: {'; '.join(wrong)}.")
+    if (bundle / "adapter").is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, bundle / "adapter").merge_and_unload()
     return Reference(model.eval(), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
 
 
 def check_files(bundle: Path) -> dict[str, Any]:
-    """The contents of `rad_jax.json`, after comparing every file with its hash.
+    """The contents of `receipt.json`, after comparing every file with its hash.
 
     Raises:
         UserError: there is no record, it is of another format version, or a file is missing or changed.
@@ -134,8 +173,9 @@ def check_files(bundle: Path) -> dict[str, Any]:
     return record
 
 
-def _tensor(image: np.ndarray) -> Any:
-    """uint8 [Y, X] prepared as in training, as torch's [1, C, Y, X]."""
+def versions() -> dict[str, str]:
+    """Of the libraries that a bundle was loaded with."""
     import torch
+    import transformers
 
-    return torch.from_numpy(np.ascontiguousarray(normalise(image).transpose(2, 0, 1)[None]))
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

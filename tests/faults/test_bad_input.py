@@ -129,7 +129,7 @@ def test_workdir_of_another_config(tiny_corpus, chain, tmp_path):
 
 def test_base_that_is_no_run(tiny_corpus, tmp_path):
     arguments = [f"--data={tiny_corpus}", f"--workdir={tmp_path}/run", f"--base={tmp_path}"]
-    fails("is not a run of launch.train", "train", LM, *arguments)
+    fails("is neither a run of launch.train nor a base of launch.convert", "train", LM, *arguments)
 
 
 def test_more_devices_than_there_are(tiny_corpus, tmp_path):

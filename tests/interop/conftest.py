@@ -1,7 +1,9 @@
 """A small LLaVA with its own tokenizer, and the bundle made of it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 from rad_jax.interop import tables, timm_vit
+from rad_jax.interop.exported import Exported
 from rad_jax.lora import LoraSpec
-from rad_jax.models.llama import LlamaConfig
+from rad_jax.models.llama import LlamaConfig, RopeScaling
 from rad_jax.models.llava import Llava, LlavaConfig
 from rad_jax.models.vit import VitConfig
 from rad_jax.prompts import train_tokenizer
@@ -46,6 +49,10 @@ class Example:
     tokenizer: Path
     studies: list[tuple[np.ndarray, str | None]]
 
+    def exported(self, **changes: Any) -> Exported:
+        given = {"variables": self.variables, "config": self.config, "tokenizer": self.tokenizer, **changes}
+        return Exported(provenance={"run": "test"}, **given)
+
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
@@ -61,12 +68,36 @@ def example(request, tokenizer_path) -> Example:
     return make_example(tokenizer_path, request.param)
 
 
+# OpenAI CLIP's tower, and SigLIP's with its own statistics.
+OTHER_TOWERS: dict[str, dict[str, Any]] = {
+    "CLIP": {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "eps": 1e-5},
+    "SigLIP": {
+        "class_token": False,
+        "activation": "gelu_tanh",
+        "pixel_mean": (0.5, 0.5, 0.5),
+        "pixel_std": (0.5, 0.5, 0.5),
+    },
+}
+
+
+@pytest.fixture(scope="session", params=OTHER_TOWERS)
+def other_example(request, tokenizer_path) -> Example:
+    """With a tower of another family, and long rows."""
+    scaling = RopeScaling("llama3", 4.0, original_max_positions=32)
+    return make_example(tokenizer_path, False, OTHER_TOWERS[request.param], scaling)
+
+
 @pytest.fixture(scope="session")
 def plain_example(tokenizer_path) -> Example:
     return make_example(tokenizer_path, False)
 
 
-def make_example(tokenizer_path: Path, layer_scale: bool) -> Example:
+def make_example(
+    tokenizer_path: Path,
+    layer_scale: bool,
+    tower_settings: Mapping[str, Any] = MappingProxyType({}),
+    scaling: RopeScaling | None = None,
+) -> Example:
     vision = VitConfig(
         image_size=28,
         patch_size=7,
@@ -76,9 +107,19 @@ def make_example(tokenizer_path: Path, layer_scale: bool) -> Example:
         mlp_dim=48,
         layer_scale=layer_scale,
         feature_layer=-2,
+        **tower_settings,
     )
     config = LlavaConfig(
-        LlamaConfig(vocab_size=512, width=32, depth=2, heads=4, kv_heads=2, mlp_dim=48, max_positions=256),
+        LlamaConfig(
+            vocab_size=512,
+            width=32,
+            depth=2,
+            heads=4,
+            kv_heads=2,
+            mlp_dim=48,
+            rope_scaling=scaling,
+            max_positions=256,
+        ),
         vision,
         LoraSpec(rank=4, alpha=8.0, targets=("q", "o", "down")),
     )

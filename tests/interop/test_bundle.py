@@ -5,32 +5,30 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rad_jax import prompts
 from rad_jax.errors import UserError
-from rad_jax.interop import bundle, hf_tokenizer, shards, tables, verify
+from rad_jax.interop import bundle, hf_tokenizer, receipt, shards, tables, verify
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from rad_jax.serving import reference
 
 
-def written(folder, example, dtype="float32", tower=None, **changes):
+def written(folder, example, dtype="float32", **changes):
     folder.mkdir()
-    arguments = {"variables": example.variables, "config": example.config, **changes}
-    bundle.write(
-        folder, **arguments, tokenizer_path=example.tokenizer, dtype=dtype, provenance={"run": "test"}, tower=tower
-    )
+    exported = example.exported(**changes)
+    hashes = bundle.write(folder, exported, dtype, lambda size: None)
+    receipt.write(folder, format_version=1, provenance=exported.provenance, files=hashes)
     return folder
 
 
 def verified(folder, example):
-    return verify.verify(
-        folder, example.variables, example.config, example.tokenizer, example.studies, max_new_tokens=8
-    )
+    return verify.verify(folder, example.exported(), example.studies, max_new_tokens=8)
 
 
 def test_pytorch_equals_jax_in_float32(tmp_path, example):
@@ -41,6 +39,16 @@ def test_pytorch_equals_jax_in_float32(tmp_path, example):
     assert result["max_abs_pixel_diff"] <= 1e-5
     assert result["token_ids_equal"] and result["text_equal"] and result["studies"] == 3
     verify.check(result, tmp_path / "bundle")
+
+
+def test_pytorch_equals_jax_with_towers_of_other_families(tmp_path, other_example):
+    folder = written(tmp_path / "bundle", other_example)
+    result = verified(folder, other_example)
+    verify.check(result, folder)
+    assert result["max_abs_logit_diff"] <= 1e-4 and result["max_abs_feature_diff"] <= 1e-5
+    assert result["max_abs_pixel_diff"] <= 1e-5
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert preprocessor["image_mean"] == list(other_example.config.vision.pixel_mean)
 
 
 def test_float16_is_compared_with_rounded_weights(tmp_path, plain_example):
@@ -57,12 +65,12 @@ def test_files_and_settings(tmp_path, example):
     assert config["vision_config"]["num_hidden_layers"] == 3 and config["vision_feature_layer"] == -2
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == list(range(512, 576)) and generation["do_sample"] is False
-    record = json.loads((folder / "rad_jax.json").read_text())
-    assert record["format_version"] == 1 and record["provenance"] == {"run": "test"} and record["lora"]["merged"]
-    assert set(record["files"]) == {path.name for path in folder.iterdir()} - {"rad_jax.json"}
+    record = json.loads((folder / "receipt.json").read_text())
+    assert record["format_version"] == 1 and record["provenance"] == {"run": "test"}
+    assert set(record["files"]) == {path.name for path in folder.iterdir()} - {"receipt.json"}
     from safetensors.numpy import load_file
 
-    tensors = load_file(folder / "model-00001-of-00001.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     gains = [x for name, x in tensors.items() if "lambda1" in name]
     assert len(gains) == 6
     if not example.config.vision.layer_scale:
@@ -79,14 +87,10 @@ def test_a_tower_that_ends_at_its_features_needs_the_rest(tmp_path, plain_exampl
     short = {**plain_example.variables, "params": {**params, "vision": tables.unflatten(flat)}}
     with pytest.raises(UserError, match="ends at block 2 of 3"):
         written(tmp_path / "none", plain_example, variables=short)
-    written(tmp_path / "some", plain_example, variables=short, tower=whole)
-    written(tmp_path / "all", plain_example)
-    name = "model-00001-of-00001.safetensors"
-    assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
 def test_several_shards_load_as_one(tmp_path, plain_example, monkeypatch):
-    monkeypatch.setattr(shards.write, "__defaults__", (40_000,))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
     folder = written(tmp_path / "bundle", plain_example)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     monkeypatch.undo()
@@ -99,14 +103,14 @@ def rewrite_tensors(folder, change, honest=True):
     """Applies `change` to the tensors; `honest` also renews the recorded hash, so that only a comparison can find it."""
     from safetensors.numpy import load_file, save_file
 
-    file = folder / "model-00001-of-00001.safetensors"
+    file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     if honest:
-        record = json.loads((folder / "rad_jax.json").read_text())
+        record = json.loads((folder / "receipt.json").read_text())
         record["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (folder / "rad_jax.json").write_text(json.dumps(record))
+        (folder / "receipt.json").write_text(json.dumps(record))
 
 
 def transpose_query(tensors):
@@ -130,7 +134,15 @@ def test_wrong_weights_are_found(tmp_path, plain_example, change):
 def test_a_nan_is_a_difference():
     result = {"max_abs_pixel_diff": 0.0, "max_abs_feature_diff": 0.0, "max_abs_logit_diff": float("nan")}
     with pytest.raises(UserError, match="max_abs_logit_diff"):
-        verify.check({**result, "token_ids_equal": True, "text_equal": True}, Path("bundle"))
+        verify.check({**result, "token_ids_equal": True, "text_equal": True, "max_abs_activation": {}}, Path("bundle"))
+
+
+def test_an_activation_beyond_float16_is_refused():
+    good: dict[str, Any] = dict.fromkeys(("max_abs_pixel_diff", "max_abs_feature_diff", "max_abs_logit_diff"), 0.0)
+    good |= {"token_ids_equal": True, "text_equal": True, "max_abs_activation": {"layers.0": 65504.0}}
+    verify.check(good, Path("bundle"))
+    with pytest.raises(UserError, match=r"layers\.1 reaches 70000, beyond float16"):
+        verify.check({**good, "max_abs_activation": {"layers.1": 7e4}}, Path("bundle"))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +160,9 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path, plain_example,
     folder = written(tmp_path / "bundle", plain_example)
     rewrite_tensors(folder, change)
     # The index names the tensors of the file; without it transformers reads what is there.
-    file = folder / "model-00001-of-00001.safetensors"
-    record = json.loads((folder / "rad_jax.json").read_text())
+    record = json.loads((folder / "receipt.json").read_text())
     record["files"] = {}
-    (folder / "rad_jax.json").write_text(json.dumps(record))
-    (folder / "model.safetensors.index.json").unlink()
-    file.rename(folder / "model.safetensors")
+    (folder / "receipt.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=message):
         reference.load(folder)
 
@@ -172,8 +181,8 @@ def test_changed_and_missing_files_are_refused(tmp_path, plain_example):
 
 def test_another_format_version_is_refused(tmp_path, plain_example):
     folder = written(tmp_path / "bundle", plain_example)
-    record = json.loads((folder / "rad_jax.json").read_text())
-    (folder / "rad_jax.json").write_text(json.dumps({**record, "format_version": 2}))
+    record = json.loads((folder / "receipt.json").read_text())
+    (folder / "receipt.json").write_text(json.dumps({**record, "format_version": 2}))
     with pytest.raises(UserError, match="format_version 2"):
         reference.load(folder)
 
@@ -183,8 +192,8 @@ def test_what_cannot_be_exported(tmp_path, plain_example):
     openai = dataclasses.replace(config, vision=dataclasses.replace(config.vision, pre_norm=True))
     for number, (changes, message) in enumerate(
         [
-            ({"config": dataclasses.replace(config, vision=None)}, "language model alone"),
-            ({"config": openai}, "cannot be a Dinov2Model"),
+            ({"config": None}, "towers alone are no language model"),
+            ({"config": openai}, "can be a CLIPVisionModel"),
             ({"variables": {"params": plain_example.variables["params"]}}, "checkpoint has none"),
         ]
     ):

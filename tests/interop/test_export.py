@@ -12,7 +12,7 @@ import pytest
 
 from rad_jax.errors import UserError
 from rad_jax.interop import bundle
-from rad_jax.interop.export import export_bundle
+from rad_jax.interop.export import export
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -20,14 +20,14 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 
 
-def exported(example, out):
-    arguments = example.variables, example.config, example.tokenizer, out, "float32"
-    return export_bundle(*arguments, studies=example.studies, max_new_tokens=8, provenance={"run": "test"})
+def exported(example, out, **changes):
+    return export(example.exported(**changes), "hf", out, "float32", studies=example.studies, max_new_tokens=8)
 
 
 def test_the_record_says_what_was_compared(plain_example, tmp_path):
     result = exported(plain_example, tmp_path / "new/bundle")
-    record = json.loads((tmp_path / "new/bundle/rad_jax.json").read_text())
+    record = json.loads((tmp_path / "new/bundle/receipt.json").read_text())
+    result = result["verified"]
     assert record["verified"] == result and result["text_equal"] and result["max_abs_logit_diff"] <= 1e-4
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bundle"]
     with pytest.raises(UserError, match="exists already"):
@@ -71,8 +71,8 @@ def test_command(plain_example, tmp_path):
     good = call("-m", "launch.export", *flags, f"--out={tmp_path / 'good'}")
     assert good.returncode == 0, good.stderr
     assert "PyTorch and JAX agree on 2 studies" in good.stdout
-    record = json.loads((tmp_path / "good/rad_jax.json").read_text())
-    assert record["provenance"]["run"] == "run" and record["provenance"]["step"] == 5
+    record = json.loads((tmp_path / "good/receipt.json").read_text())
+    assert record["provenance"]["from"] == "run" and record["provenance"]["step"] == 5
 
     bad = call("-c", DAMAGING, *flags, f"--out={tmp_path / 'bad'}")
     assert bad.returncode == 2

@@ -12,8 +12,10 @@ from rad_jax.interop import (
     hf_dinov2,
     hf_llama,
     hf_llava,
+    hf_siglip_vision,
     llama2c,
     open_clip,
+    openai_clip,
     peft_lora,
     tables,
     timm_vit,
@@ -29,6 +31,7 @@ VIT = VitConfig(image_size=8, patch_size=4, width=12, depth=3, heads=3, mlp_dim=
 SCALED = dataclasses.replace(VIT, layer_scale=True)
 FEATURES = dataclasses.replace(VIT, feature_layer=-2)
 OPENAI = dataclasses.replace(VIT, pre_norm=True, patch_bias=False)
+SIGLIP = dataclasses.replace(VIT, class_token=False)
 BERT = BertConfig(vocab_size=7, width=12, depth=2, heads=3, mlp_dim=10, max_positions=5)
 LLAMA = LlamaConfig(vocab_size=9, width=24, depth=2, heads=4, kv_heads=2, mlp_dim=10)
 
@@ -37,11 +40,19 @@ TABLES = {
     "timm features": timm_vit.table(FEATURES),
     "dinov2": hf_dinov2.table(VIT),
     "dinov2 LayerScale": hf_dinov2.table(SCALED),
+    "timm without class token": timm_vit.table(SIGLIP),
     "CLIP vision": hf_clip_vision.table(OPENAI),
+    "CLIP vision without level": hf_clip_vision.table(OPENAI, level=""),
+    "CLIP vision features": hf_clip_vision.table(dataclasses.replace(OPENAI, feature_layer=-2)),
+    "SigLIP vision": hf_siglip_vision.table(SIGLIP),
+    "OpenAI CLIP": openai_clip.table(OPENAI),
     "BERT": hf_bert.table(BERT),
     "open_clip": open_clip.table(ClipConfig(SCALED, BERT, 6)),
     "Llama": hf_llama.table(LLAMA),
+    "Llama, tied": hf_llama.table(LLAMA, tied=True),
     "LLaVA": hf_llava.table(LlavaConfig(LLAMA, SCALED)),
+    "LLaVA with CLIP": hf_llava.table(LlavaConfig(LLAMA, OPENAI)),
+    "LLaVA with SigLIP, tied": hf_llava.table(LlavaConfig(LLAMA, SIGLIP), level="", tied=True),
     "Meta": llama2c.table(LLAMA),
     "LoRA": peft_lora.table(LLAMA, LoraSpec(2, 4.0)),
     "LoRA on two": peft_lora.table(LLAMA, LoraSpec(2, 4.0, targets=("o", "down"))),
@@ -75,9 +86,13 @@ def test_in_and_out_again_is_the_same_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_foreign_tensor_reaches_the_tree(name):
-    """No two foreign tensors share a place and none is dropped: as many numbers inside as outside, fillers apart."""
+    """No two foreign tensors share a place and none is dropped: as many numbers inside as outside, fillers apart.
+
+    A tied embedding is inside twice.
+    """
     table = TABLES[name]
-    outside = sum(np.prod(e.shape) * (e.layers or 1) for e in table.entries if e.leaves)
+    outside = int(sum(np.prod(e.shape) * (e.layers or 1) for e in table.entries if e.leaves))
+    outside += LLAMA.vocab_size * LLAMA.width * ("tied" in name)
     inside = sum(leaf.size for leaf in tables.flatten(tables.load(table, foreign(table))).values())
     assert inside == outside
 
@@ -133,9 +148,65 @@ def test_layer_scale_is_not_dropped_silently():
         tables.load(TABLES["dinov2"], tensors)
 
 
-def test_a_clip_tower_is_refused_as_dinov2():
-    with pytest.raises(UserError, match="cannot be a Dinov2Model"):
-        hf_dinov2.table(OPENAI)
+def test_towers_are_refused_by_tables_that_cannot_hold_them():
+    for config in (OPENAI, SIGLIP):
+        with pytest.raises(UserError, match="cannot be a Dinov2Model"):
+            hf_dinov2.table(config)
+    for config in (VIT, SIGLIP, dataclasses.replace(OPENAI, layer_scale=True)):
+        with pytest.raises(UserError, match="can be a CLIPVisionModel"):
+            hf_clip_vision.table(config)
+        with pytest.raises(UserError, match="has OpenAI's layout"):
+            openai_clip.table(config)
+    for config in (VIT, OPENAI):
+        with pytest.raises(UserError, match="can be a SiglipVisionModel"):
+            hf_siglip_vision.table(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        (
+            "CLIP vision",
+            ("text_model.final_layer_norm.bias", "visual_projection.weight", "text_projection.weight", "logit_scale"),
+        ),
+        ("SigLIP vision", ("vision_model.head.probe", "text_model.head.weight", "logit_scale", "logit_bias")),
+        (
+            "OpenAI CLIP",
+            (
+                "visual.proj",
+                "transformer.resblocks.0.ln_1.weight",
+                "positional_embedding",
+                "text_projection",
+                "logit_scale",
+            ),
+        ),
+    ],
+)
+def test_the_rest_of_a_two_tower_model_is_left_out(name, others):
+    table = TABLES[name]
+    tensors = foreign(table)
+    alone = tables.flatten(tables.load(table, tensors))
+    within = tables.flatten(tables.load(table, tensors | {other: np.zeros(3, np.float32) for other in others}))
+    assert within.keys() == alone.keys()
+    with pytest.raises(UserError, match=r"unknown: vision_model\.extra"):
+        tables.load(table, tensors | {"vision_model.extra": np.zeros(3, np.float32)})
+
+
+def test_the_level_of_the_clip_tower_is_found():
+    assert hf_clip_vision.level(["vision_model.embeddings.class_embedding"]) == "vision_model."
+    assert hf_clip_vision.level(["embeddings.class_embedding"]) == ""
+
+
+def test_a_tied_head_is_the_embedding_transposed_and_must_stay_it():
+    table = TABLES["Llama, tied"]
+    tensors = foreign(table)
+    assert "lm_head.weight" not in tensors
+    # A file that stores it all the same is read as transformers reads it.
+    tree = tables.load(table, tensors | {"lm_head.weight": np.zeros((9, 24), np.float32)})
+    np.testing.assert_array_equal(tree["head"]["kernel"], tensors["model.embed_tokens.weight"].T)
+    tree["head"] = {"kernel": tree["head"]["kernel"] + 1}
+    with pytest.raises(UserError, match="no longer the embedding"):
+        list(tables.store(table, tree))
 
 
 def test_meta_rotary_pairs_become_halves():

@@ -1,12 +1,14 @@
-"""The decoder against transformers: grouped queries, padding, rotary positions, cache, greedy generation."""
+"""The decoder against transformers: grouped queries, padding, rotary positions and their scaling, cache, greedy generation."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rad_jax.interop import hf_llama, tables
-from rad_jax.models.llama import Llama, LlamaConfig
+from rad_jax.interop import foreign_configs, hf_llama, tables
+from rad_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from rad_jax.models.llava import Llava, LlavaConfig
 
 pytestmark = pytest.mark.parity
@@ -48,6 +50,54 @@ def test_logits_and_gradients_of_padded_rows(model, params, parity, state):
     parity.forward("Llama, GQA, padded rows", AGAINST, ours[real], theirs.detach().numpy()[real])
     theirs_grads = tables.load(hf_llama.table(CONFIG), state(model, gradients=True))
     parity.gradients("Llama, gradients", AGAINST, grads, theirs_grads)
+
+
+# Of the four frequencies of a head of 8 channels, "llama3" keeps one, blends one and lowers two.
+SCALINGS = {
+    "linear": RopeScaling("linear", 4.0),
+    "llama3": RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_rotary_positions(kind, parity, randomised, state):
+    config = dataclasses.replace(CONFIG, rope_scaling=SCALINGS[kind], rope_theta=1e4, max_positions=512)
+    written = foreign_configs.hf_text_config(config)
+    model = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**written)))
+    assert foreign_configs.llama(written) == config
+    assert foreign_configs.llama(model.config.to_dict()) == config  # `rope_parameters` since transformers 5
+    tokens = np.random.default_rng(0).integers(3, 96, (2, 200)).astype(np.int32)
+    theirs = model(torch.from_numpy(tokens).long()).logits.detach()
+    params = tables.load(hf_llama.table(config), state(model))
+    ours = Llama(config).apply({"params": params}, tokens)
+    parity.forward(f"Llama, rotary scaling {kind}, 200 positions", AGAINST, ours, theirs)
+    unscaled = Llama(dataclasses.replace(config, rope_scaling=None)).apply({"params": params}, tokens)
+    assert np.abs(unscaled - theirs.numpy()).max() > 0.1
+
+
+def test_mistral(parity, randomised, on_disk):
+    theirs = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=72,
+        rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=64, sliding_window=24,
+    )  # fmt: skip
+    model = randomised(transformers.MistralForCausalLM(theirs))
+    config = foreign_configs.llama(theirs.to_dict())
+    assert config == dataclasses.replace(CONFIG, rope_theta=1e6, max_positions=24)
+    tokens = np.random.default_rng(0).integers(3, 96, (2, config.max_positions)).astype(np.int32)
+    logits = model(torch.from_numpy(tokens).long()).logits.detach()
+    ours = Llama(config).apply({"params": tables.load(hf_llama.table(config), on_disk(model))}, tokens)
+    parity.forward("Mistral, GQA, a row as long as its window", "transformers MistralForCausalLM", ours, logits)
+
+
+def test_tied_embeddings(parity, randomised, on_disk):
+    theirs = transformers.LlamaConfig(**foreign_configs.hf_text_config(CONFIG) | {"tie_word_embeddings": True})
+    model = randomised(transformers.LlamaForCausalLM(theirs))
+    assert foreign_configs.tied(theirs.to_dict())
+    tensors = on_disk(model)
+    assert "lm_head.weight" not in tensors
+    params = tables.load(hf_llama.table(CONFIG, tied=True), tensors)
+    logits = model(torch.from_numpy(TOKENS).long()).logits.detach()
+    parity.forward("Llama, GQA, tied head", AGAINST, Llama(CONFIG).apply({"params": params}, TOKENS), logits)
 
 
 def greedy(params, tokens, lengths, new):

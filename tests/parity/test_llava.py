@@ -1,4 +1,4 @@
-"""The whole model against transformers' LLaVA with a Dinov2 tower: logits among words and image, gradients of stages 2 and 3."""
+"""The whole model against transformers' LLaVA with a Dinov2, CLIP or SigLIP tower: logits among words and image, gradients of stages 2 and 3."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rad_jax.interop import hf_llava, peft_lora, tables
+from rad_jax.interop import foreign_configs, hf_clip_vision, hf_llava, peft_lora, tables
 from rad_jax.lora import LoraSpec
 from rad_jax.models.llama import LlamaConfig
 from rad_jax.models.llava import Llava, LlavaConfig
@@ -98,6 +98,45 @@ def test_logits_and_projector_gradients(model, parity, on_disk):
     parity.forward("LLaVA, logits of words", AGAINST, ours, theirs.detach())
     theirs_grads = tables.load(hf_llava.table(CONFIG), on_disk(model, gradients=True))["projector"]
     parity.gradients("LLaVA stage 2, gradients of the projector", AGAINST, grads, theirs_grads)
+
+
+# OpenAI CLIP's (LLaVA-1.5) and SigLIP's, whose first token is a patch.
+TOWERS = {
+    "CLIP": dataclasses.replace(
+        VISION, layer_scale=False, pre_norm=True, patch_bias=False, activation="quick_gelu", eps=1e-5
+    ),
+    "SigLIP": dataclasses.replace(
+        VISION,
+        layer_scale=False,
+        class_token=False,
+        activation="gelu_tanh",
+        pixel_mean=(0.5,) * 3,
+        pixel_std=(0.5,) * 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_other_families(kind, parity, randomised, on_disk):
+    config = dataclasses.replace(CONFIG, vision=TOWERS[kind])
+    vision = transformers.AutoConfig.for_model(**foreign_configs.hf_vision_config(TOWERS[kind]))
+    text = transformers.LlamaConfig(**foreign_configs.hf_text_config(CONFIG.llm))
+    model = randomised(
+        transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=vision, text_config=text, image_token_index=IMAGE, projector_hidden_act="gelu",
+                vision_feature_layer=-2, vision_feature_select_strategy="default" if kind == "CLIP" else "full",
+                tie_word_embeddings=False,
+            )
+        )
+    )  # fmt: skip
+    reader = foreign_configs.clip_vision if kind == "CLIP" else foreign_configs.siglip_vision
+    assert reader(vision.to_dict()) == dataclasses.replace(TOWERS[kind], feature_layer=None)
+    tensors = on_disk(model)
+    level = hf_clip_vision.level(n.removeprefix("vision_tower.") for n in tensors if n.startswith("vision_tower."))
+    params = tables.load(hf_llava.table(config, level), tensors)
+    ours = Llava(config).apply({"params": params}, TOKENS, LENGTHS, IMAGES, PREDICTING)
+    parity.forward(f"LLaVA with a {kind} tower, logits of words", AGAINST, ours, their_logits(model).detach())
 
 
 def test_projector_and_lora_gradients(model, parity, randomised, on_disk):

@@ -53,7 +53,7 @@ def test_subset_of_targets(targets, parity, randomised, state):
     theirs_grads = tables.load(peft_lora.table(CONFIG, spec), adapters(True))
     parity.gradients(f"{name}, gradients of A and B", "peft", grads, theirs_grads)
 
-    merged = tables.flatten(merge(params, lora, spec))
+    merged = {path: np.asarray(x) for path, x in tables.flatten(merge(params, lora, spec)).items()}
     peft_merged = tables.flatten(tables.load(table, state(model.merge_and_unload())))
     worst = max(np.abs(merged[path] - peft_merged[path]).max() for path in merged)
     base_weights = tables.flatten(params)

@@ -1,4 +1,4 @@
-"""The image tower against timm and transformers."""
+"""The image tower against timm, transformers and open_clip."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rad_jax.interop import hf_clip_vision, hf_dinov2, tables, timm_vit
+from rad_jax.interop import foreign_configs, hf_clip_vision, hf_dinov2, hf_siglip_vision, openai_clip, tables, timm_vit
 from rad_jax.models.vit import Vit, VitConfig
 
 pytestmark = pytest.mark.parity
@@ -119,11 +119,73 @@ def test_clip_vision(parity, randomised, on_disk):
     randomised(model)
     x = images()
     theirs = model(channels_first(x), output_hidden_states=True).hidden_states[-2]
-    table = hf_clip_vision.table(config)
     name = "of OpenAI CLIP, block -2", "transformers CLIPVisionModel"
 
-    def tensors(gradients=False):
-        # Files of version 4 have the level `vision_model.`, those of version 5 have not.
-        return {"vision_model." + n.removeprefix("vision_model."): x for n, x in on_disk(model, gradients).items()}
+    tensors = on_disk(model)
+    table = hf_clip_vision.table(config, hf_clip_vision.level(tensors))
+    assert foreign_configs.clip_vision(model.config.to_dict()) == dataclasses.replace(config, feature_layer=None)
+    compare(
+        parity, name, config, tables.load(table, tensors), x, theirs, lambda: tables.load(table, on_disk(model, True))
+    )
 
-    compare(parity, name, config, tables.load(table, tensors()), x, theirs, lambda: tables.load(table, tensors(True)))
+
+@pytest.mark.parametrize("feature_layer", [None, -2])
+@pytest.mark.parametrize("size", [28, 31])  # of 31 pixels, the last 3 fill no patch
+def test_siglip_vision(size, feature_layer, parity, randomised, on_disk):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=24, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, image_size=size, patch_size=7
+        )
+    )  # fmt: skip
+    config = foreign_configs.siglip_vision(model.config.to_dict())
+    assert config.pixel_mean == config.pixel_std == (0.5, 0.5, 0.5) and config.patches == 16
+    config = dataclasses.replace(config, feature_layer=feature_layer)
+    randomised(model)
+    x = images(size)
+    output = model(channels_first(x), output_hidden_states=True)
+    theirs = output.last_hidden_state if feature_layer is None else output.hidden_states[-2]
+    tensors = on_disk(model)
+    table = hf_siglip_vision.table(config, hf_clip_vision.level(tensors))
+    name = f"of SigLIP, {size} pixels{', block -2' if feature_layer else ''}", "transformers SiglipVisionModel"
+    compare(
+        parity, name, config, tables.load(table, tensors), x, theirs, lambda: tables.load(table, on_disk(model, True))
+    )
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("feature_layer", [None, -2])
+def test_openai_layout(feature_layer, quick_gelu, parity, randomised, state):
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 3, "width": 24, "head_width": 6, "patch_size": 7, "image_size": 28}
+    text = {"context_length": 8, "vocab_size": 32, "width": 12, "heads": 2, "layers": 1}
+    model = randomised(open_clip.model.CLIP(10, vision, text, quick_gelu=quick_gelu))
+    x = images()
+    if feature_layer is None:
+        model.visual.output_tokens = True
+        model.visual.proj = None  # the class token before the image head
+        token, patches = model.visual(channels_first(x))
+        theirs = torch.cat([token[:, None], patches], dim=1)
+    else:
+        states = model.visual.forward_intermediates(
+            channels_first(x), indices=[1], intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+        )
+        prefix, patches = states["image_intermediates_prefix"][0], states["image_intermediates"][0]
+        theirs = torch.cat([prefix, patches], dim=1)
+    tensors = state(model)
+    config = foreign_configs.open_clip(
+        {"embed_dim": 10, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu},
+        {name: tensor.shape for name, tensor in tensors.items()},
+    )
+    assert isinstance(config, VitConfig)
+    config = dataclasses.replace(config, feature_layer=feature_layer)
+    table = openai_clip.table(config)
+    name = (
+        f"in OpenAI's layout{', quick_gelu' if quick_gelu else ''}{', block -2' if feature_layer else ''}",
+        "open_clip CLIP",
+    )
+
+    def gradients():
+        return tables.load(table, dict(zip(tensors, _grads(model), strict=True)))
+
+    compare(parity, name, config, tables.load(table, tensors), x, theirs, gradients)
