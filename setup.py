@@ -54,6 +54,7 @@ setup(
         "jax>=0.10.2",
         "matplotlib>=3.11.2",
         "ml-collections>=1.1.0",
+        "ml_dtypes>=0.6.0",
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

@@ -100,9 +100,11 @@ import sys
 from pathlib import Path
 import numpy as np
 from rad_jax.interop import sources
-ours, theirs = (sources.open_source(Path(p)) for p in sys.argv[1:])
-assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-print(max(float(np.abs(ours[n].astype(np.float32) - theirs[n].astype(np.float32)).max()) for n in ours))
+ours, theirs, before = (sources.open_source(Path(p)) for p in sys.argv[1:])
+assert set(ours) == set(theirs) == set(before), set(ours) ^ set(theirs)
+def greatest(a, b):  # a NaN stays
+    return float(np.max([np.abs(a[n].astype(np.float32) - b[n].astype(np.float32)).max() for n in a]))
+print(greatest(ours, theirs), greatest(before, theirs))
 """
 
 
@@ -147,12 +149,13 @@ def weights(folder: Path, layers: int) -> list[dict[str, Any]]:
     ours_export = run(["-m", "launch.export", f"--checkpoint={folder / 'adapted'}", f"--out={folder / 'ours'}"])
     shutil.rmtree(folder / "base")
     peer_export = run(["-c", PEER_EXPORT, model, adapter, folder / "theirs"])
-    shutil.rmtree(model)
-    difference = float(run(["-c", COMPARE, folder / "ours", folder / "theirs"])["output"].split()[-1])
+    compared = run(["-c", COMPARE, folder / "ours", folder / "theirs", model])["output"].split()
+    difference, change = map(float, compared[-2:])
     size = layers * LAYER_BYTES + REST_BYTES
     return [
         row("convert", ours_convert, peer_convert, size),
-        row("export, LoRA merged", ours_export, peer_export, size) | {"max_abs_difference": difference},
+        row("export, LoRA merged", ours_export, peer_export, size)
+        | {"max_abs_difference": difference, "max_abs_merged": change},
     ]
 
 
@@ -215,7 +218,9 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
             f"{r['name']:22}{r['ours_s']:8.1f}s{r['peer_s']:8.1f}s{r['ratio']:7.2f}{pairs[0]:>14}{pairs[1]:>16}{pairs[2]:>15}"
         )
         if "max_abs_difference" in r:
-            print(f"{'':22}greatest difference of a weight: {r['max_abs_difference']:.1e}")
+            print(
+                f"{'':22}greatest difference of a weight: {r['max_abs_difference']:.1e} (merging changes one by up to {r['max_abs_merged']:.1e})"
+            )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ formats
   llava      the files of microsoft/llava-rad: adapter, projector, tower; name --out llava-rad... so that its code takes them for that
   open_clip  both towers of stage 1
 
-Weights are written one at a time. With --data (formats hf, hf_adapter) the folder is then loaded in PyTorch, and token ids, pixels, image features,
-logits and greedy texts of held-out studies are compared with JAX in float32, which takes memory for both; on any difference over its
-tolerance nothing is left. --verify does that later, or elsewhere; without PyTorch it compares the hashes of the files with the receipt
-and repeats what was found then. Everything stands in receipt.json.
+Weights are written one at a time. With --data (formats hf, hf_adapter of an image-to-text model) the folder is then loaded in PyTorch,
+and token ids, pixels, image features, logits and greedy texts of held-out studies are compared with JAX in float32, which takes memory
+for both; on any difference over its tolerance nothing is left.
+
+--verify with --checkpoint compares later, or elsewhere, and every format: peft, open_clip and transformers load the folder, and logits
+and greedy texts of drawn ids, embeddings of drawn images and texts, or the projector's outputs are compared. Without PyTorch it compares
+the hashes of the files with the receipt and repeats what was found then. Everything stands in receipt.json.
 """
 
 from collections.abc import Sequence
@@ -65,18 +68,19 @@ def main(_: Sequence[str]) -> None:
 
 def write(out: Path, model: Any) -> None:
     """Exports, and says what came of it."""
-    from rad_jax.interop.export import COMPARED, export
+    from rad_jax.interop.export import export
+    from rad_jax.interop.verify import FORMATS
 
     studies = []
     if _DATA.value:
-        if _FORMAT.value not in COMPARED:
+        if _FORMAT.value not in FORMATS:
             raise UserError(
                 f"--data compares bundles of --format=hf and hf_adapter; --format={_FORMAT.value} is written without it."
             )
         studies = held_out(model)
-    if _FORMAT.value in COMPARED and model.tokenizer is None:
+    if _FORMAT.value in FORMATS and model.tokenizer is None:
         print("warning: the checkpoint has no tokenizer: weights and configuration only (convert with --tokenizer).")
-    dtype = _DTYPE.value or ("float16" if _FORMAT.value in COMPARED else "keep")
+    dtype = _DTYPE.value or ("float16" if _FORMAT.value in FORMATS else "keep")
     result = export(
         model, _FORMAT.value, out, dtype, studies=studies, max_new_tokens=_NEW_TOKENS.value, overwrite=_OVERWRITE.value
     )
@@ -85,40 +89,51 @@ def write(out: Path, model: Any) -> None:
     )
     if "verified" in result:
         report(result["verified"])
-    elif _FORMAT.value in COMPARED:
+    elif _FORMAT.value in FORMATS:
         print(f"Not compared with PyTorch: give --data, or run launch.export --verify={out} later.")
 
 
 def check(folder: Path, model: Any) -> None:
-    """Compares an exported folder with its model; without PyTorch, or a model and studies, with its receipt."""
+    """Compares an exported folder with its model; without PyTorch, or the model, with its receipt."""
     from importlib.util import find_spec
 
-    from rad_jax.interop import receipt, verify
+    from rad_jax.interop import receipt, verify, verify_parts
     from rad_jax.serving import reference
 
     found = reference.check_files(folder)
     print(f"{folder}: {len(found['files'])} files, all with the hashes of the receipt.")
-    if model is not None and _DATA.value and find_spec("torch"):
-        result = verify.verify(folder, model, held_out(model), _NEW_TOKENS.value)
+    whole = found["format"] in verify.FORMATS and "vocab_size" in found  # of an image-to-text model
+    if model is not None and find_spec("torch") and (_DATA.value or not whole):
+        if whole:
+            result = verify.verify(folder, model, held_out(model), _NEW_TOKENS.value)
+        else:
+            result = verify_parts.verify(folder, model, found["format"], found["dtype"], _NEW_TOKENS.value)
         verify.check(result, folder)
         receipt.add(folder, verified=result)
         report(result)
     elif "verified" in found:
-        print("Not compared again (that takes PyTorch, --checkpoint and --data). When it was:")
+        print("Not compared again (that takes PyTorch, --checkpoint and for image-to-text models --data). When it was:")
         report(found["verified"])
     else:
         raise UserError(
-            f"{folder} was never compared with its model: give --checkpoint and --data, with PyTorch installed."
+            f"{folder} was never compared with its model: give --checkpoint, for an image-to-text model --data too, with PyTorch "
+            "installed."
         )
 
 
 def report(result: dict[str, Any]) -> None:
     """One line on a comparison."""
-    print(
-        f"PyTorch and JAX agree on {result['studies']} studies (greatest difference: features "
-        f"{result['max_abs_feature_diff']:.1e}, logits {result['max_abs_logit_diff']:.1e}; token ids and texts equal; "
-        f"greatest activation {max(result['max_abs_activation'].values()):.0f} of float16's 65504)"
-    )
+    found = [
+        f"{name} {result[f'max_abs_{key}_diff']:.1e}"
+        for name, key in (("pixels", "pixel"), ("features", "feature"), ("logits", "logit"))
+        if f"max_abs_{key}_diff" in result
+    ]
+    line = f"PyTorch and JAX agree on {result['studies']} studies" if "studies" in result else "PyTorch and JAX agree"
+    line += f" (greatest difference: {', '.join(found)}"
+    line += "; greedy texts equal" if "text_equal" in result else ""
+    if "max_abs_activation" in result:
+        line += f"; greatest activation {max(result['max_abs_activation'].values()):.0f} of float16's 65504"
+    print(line + ")")
 
 
 def held_out(model: Any) -> list[tuple[Any, str | None]]:

@@ -201,7 +201,7 @@ def language_files(model: Exported) -> dict[str, Any]:
     if not files["config.json"]:
         files["config.json"] = foreign_configs.hf_text_config(model.config.llm)
     if model.tokenizer is not None:
-        files[model.tokenizer.name] = model.tokenizer.read_bytes()
+        files |= hf_tokenizer.alone(model.tokenizer, model.config.llm.max_positions)
     return files
 
 

@@ -22,9 +22,6 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-COMPARED = ("hf", "hf_adapter")
-
-
 def export(
     model: Exported,
     format: str,
@@ -42,7 +39,7 @@ def export(
         format: a key of `WRITERS`.
         out: folder to make.
         dtype: one of `shards.TARGETS`.
-        studies, max_new_tokens: as in `verify.verify`, for the formats `COMPARED`; without studies nothing is computed, only written.
+        studies, max_new_tokens: as in `verify.verify`, for `verify.FORMATS`; without studies nothing is computed, only written.
         overwrite: replace an older `out`, once the new one is verified.
 
     Returns:
@@ -81,7 +78,7 @@ def export(
             "mb_per_s": round(written / 1e6 / max(spent["seconds"], 1e-3), 1),
             **spent,
         }
-        if format in COMPARED and model.config is not None and model.config.vision is not None:
+        if format in verify.FORMATS and model.config is not None and model.config.vision is not None:
             contents |= {"vocab_size": model.config.llm.vocab_size}
         receipt.write(partial, **contents)
         if studies:

@@ -58,7 +58,7 @@ def build(path: Path, rows: int, image_id: int | None = None) -> BundleTokenizer
     Raises:
         UserError: a BERT vocabulary, or more tokens than rows.
     """
-    from tokenizers import AddedToken, Tokenizer, processors
+    from tokenizers import AddedToken, Tokenizer
 
     ours = load_tokenizer(path)
     if path.suffix == ".txt":
@@ -78,9 +78,7 @@ def build(path: Path, rows: int, image_id: int | None = None) -> BundleTokenizer
             f"{path}: <image> would get the id {pipeline.token_to_id(IMAGE)}, but the model has it at {image_id}."
         )
     bos, eos = pipeline.id_to_token(ours.bos_id), pipeline.id_to_token(ours.eos_id)
-    pipeline.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ours.bos_id)]
-    )
+    pipeline.post_processor = _begins_with(bos, ours.bos_id)
     return BundleTokenizer(
         text=pipeline.to_str(pretty=True) + "\n",
         bos_id=ours.bos_id,
@@ -91,6 +89,43 @@ def build(path: Path, rows: int, image_id: int | None = None) -> BundleTokenizer
         bos=bos,
         eos=eos,
         unk="<unk>" if pipeline.token_to_id("<unk>") is not None else None,
+    )
+
+
+def alone(path: Path, max_length: int) -> dict[str, Any]:
+    """The tokenizer's files for a language model without images, by name: the tokenizer that the model was trained with, and its settings.
+
+    Args:
+        path: `tokenizer.json`, which gets the leading BOS where it says nothing of one, or SentencePiece's `tokenizer.model`.
+        max_length: longest row of the model.
+    """
+    from tokenizers import Tokenizer
+
+    ours = load_tokenizer(path)
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
+    if path.suffix == ".model":
+        import sentencepiece
+
+        named: Any = sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece
+        text = path.read_bytes()
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+    else:
+        pipeline = Tokenizer.from_file(str(path))
+        named, text = pipeline.id_to_token, path.read_bytes()
+        if pipeline.post_processor is None:
+            pipeline.post_processor = _begins_with(named(ours.bos_id), ours.bos_id)
+            text = (pipeline.to_str(pretty=True) + "\n").encode()
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name, number in (("bos", ours.bos_id), ("eos", ours.eos_id), ("pad", ours.pad_id)):
+        settings[f"{name}_token"] = named(number)
+    return {path.name: text, "tokenizer_config.json": settings}
+
+
+def _begins_with(token: str, number: int) -> Any:
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
     )
 
 

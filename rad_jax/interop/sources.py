@@ -14,7 +14,7 @@ import numpy as np
 
 from rad_jax.errors import UserError
 from rad_jax.interop import shards, torch_zip
-from rad_jax.interop.tables import SHOWN, Shape
+from rad_jax.interop.tables import Shape, listed
 
 INDEX = ".index.json"
 NAMES = (
@@ -150,7 +150,7 @@ def _open_index(path: Path, index: Path) -> Source:
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
-            f"{index.parent} lacks {len(missing)} of the {len(files)} files in {index.name}: {_listed(missing)}; half-downloaded? "
+            f"{index.parent} lacks {len(missing)} of the {len(files)} files in {index.name}: {listed(missing)}; half-downloaded? "
             f"Download them again{_unfinished(index.parent)}."
         )
     tensors: dict[str, np.ndarray] = {}
@@ -160,7 +160,7 @@ def _open_index(path: Path, index: Path) -> Source:
         for names, problem in ((expected - set(found), "lacks"), (set(found) - expected, "has beyond its index")):
             if names:
                 raise UserError(
-                    f"{file} {problem} {_listed(sorted(names))}: it does not belong to {index.name}; download both again."
+                    f"{file} {problem} {listed(sorted(names))}: it does not belong to {index.name}; download both again."
                 )
         tensors.update(found)
     return Source(path, [index, *files], tensors)
@@ -223,9 +223,4 @@ def _is_file_name(name: object) -> bool:
 def _unfinished(folder: Path) -> str:
     """What a download in progress or a broken one left behind, for the end of a message."""
     names = sorted(file.name for pattern in UNFINISHED for file in folder.glob(pattern))
-    return f" (unfinished downloads: {_listed(names)})" if names else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return f" (unfinished downloads: {listed(names)})" if names else ""

@@ -311,11 +311,12 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse(table: Table, **problems: list[str]) -> None:
     """Raises one UserError for all names that are wrong, by kind."""
-    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"weights do not fit the {table.format} model: {'; '.join(found)}.")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first `SHOWN` names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -25,6 +25,7 @@ Study = tuple[np.ndarray, str | None]  # image uint8 [Y, X], indication
 # Differences in float32 of the same mathematics summed in another order; measured 1e-6 to 1e-5 on small models, more at full depth.
 PIXELS, FEATURES, LOGITS = 1e-5, 1e-4, 1e-3
 LARGEST_FLOAT16 = 65504.0
+FORMATS = ("hf", "hf_adapter")  # bundles that can be compared on studies; the other formats are in verify_parts
 
 
 def verify(bundle: Path, exported: Exported, studies: Sequence[Study], max_new_tokens: int) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def verify(bundle: Path, exported: Exported, studies: Sequence[Study], max_new_t
     if exported.config is None or exported.config.vision is None or tokenizer_path is None:
         raise UserError(f"{bundle}: only an image-to-text model with its tokenizer can be compared on studies.")
     dtype = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["dtype"]
-    variables, config = _as_stored(exported, dtype)
+    apart = (bundle / "adapter").is_dir()
+    variables, config = as_stored(exported, dtype, merged=not apart and dtype != "float32")
     tokenizer = load_tokenizer(tokenizer_path)
     with jax.default_matmul_precision("highest"):
         ours = _jax_side(variables, config, tokenizer, studies, max_new_tokens)
@@ -77,7 +79,7 @@ def verify(bundle: Path, exported: Exported, studies: Sequence[Study], max_new_t
 
 
 def check(result: Mapping[str, Any], bundle: Path) -> None:
-    """Refuses a bundle that is not the model.
+    """Refuses a folder that is not the model.
 
     Raises:
         UserError: a difference is over its tolerance, or ids or texts differ.
@@ -85,42 +87,54 @@ def check(result: Mapping[str, Any], bundle: Path) -> None:
     limits = {"max_abs_pixel_diff": PIXELS, "max_abs_feature_diff": FEATURES, "max_abs_logit_diff": LOGITS}
     # Written so that a NaN fails.
     wrong = [
-        f"{name} {result[name]:.1e} is over {limit:.0e}" for name, limit in limits.items() if not result[name] <= limit
+        f"{name} {result[name]:.1e} is over {limit:.0e}"
+        for name, limit in limits.items()
+        if name in result and not result[name] <= limit
     ]
     wrong += [
         f"the output of {block} reaches {value:.0f}, beyond float16"
-        for block, value in result["max_abs_activation"].items()
+        for block, value in result.get("max_abs_activation", {}).items()
         if not value <= LARGEST_FLOAT16
     ]
-    wrong += [f"{name} is false" for name in ("token_ids_equal", "text_equal") if not result[name]]
+    wrong += [f"{name} is false" for name in ("token_ids_equal", "text_equal") if not result.get(name, True)]
     if wrong:
-        raise UserError(f"{bundle}: PyTorch and JAX do not agree on this bundle: {'; '.join(wrong)}; do not use it.")
+        raise UserError(f"{bundle}: PyTorch and JAX do not agree on it: {'; '.join(wrong)}; do not use it.")
 
 
-def _as_stored(exported: Exported, dtype: str) -> tuple[dict[str, Any], LlavaConfig]:
-    """The model to compare with, to be computed in float32: blocks after the features cut off, and weights rounded as the bundle's are.
+def as_stored(exported: Exported, dtype: str, *, merged: bool) -> tuple[dict[str, Any], LlavaConfig]:
+    """The model to compare with, to be computed in float32: blocks after the features cut off, and weights rounded as the folder's are.
 
-    In float32 nothing is rounded, and adapters stay apart, so that their merging is compared too.
+    Args:
+        exported: the model.
+        dtype: of the folder's weights.
+        merged: fold the adapters in before rounding, as the folder has them. Left apart they are added in the forward pass, so that
+            a merge that rounds nothing is compared too.
     """
     variables, config = exported.variables, exported.config
     assert config is not None
-    if dtype != "float32":
+    if merged:
         variables, config = {"params": exported.merged()}, dataclasses.replace(config, lora=None)
-    assert config.vision is not None
-    params, used = variables["params"], config.vision.blocks_used
-    tower = {name: node for name, node in params["vision"].items() if name != "norm"}
-    tower["blocks"] = jax.tree.map(lambda x: first_layers(x, used), tower["blocks"])
-    kept = {"params": {"vision": tower, "projector": params["projector"], "llm": params["llm"]}}
+    params = variables["params"]
+    parts = {"llm": params["llm"]}
+    exact: dict[str, Any] = {"dtype": "float32", "remat": "none", "attention": "xla"}
+    vision = None
+    if config.vision is not None:
+        tower = {name: node for name, node in params["vision"].items() if name != "norm"}
+        used = config.vision.blocks_used
+        tower["blocks"] = jax.tree.map(lambda x: first_layers(x, used), tower["blocks"])
+        parts |= {"vision": tower, "projector": params["projector"]}
+        vision = dataclasses.replace(config.vision, **exact)
+    kept: dict[str, Any] = {"params": parts}
     if config.lora is not None:
         kept["lora"] = variables["lora"]
-    kept = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype).astype(jnp.float32), kept)
-    exact: dict[str, Any] = {"dtype": "float32", "remat": "none", "attention": "xla"}
-    config = dataclasses.replace(
-        config,
-        llm=dataclasses.replace(config.llm, **exact),
-        vision=dataclasses.replace(config.vision, **exact),
-    )
-    return kept, config
+    kept = jax.tree.map(lambda x: rounded(x, dtype), kept)
+    return kept, dataclasses.replace(config, llm=dataclasses.replace(config.llm, **exact), vision=vision)
+
+
+def rounded(x: Any, dtype: str) -> jax.Array:
+    """What a folder of this dtype holds of an array, in float32."""
+    x = jnp.asarray(x)
+    return (x if dtype == "keep" else x.astype(dtype)).astype(jnp.float32)
 
 
 def _jax_side(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,20 @@ def load(bundle: Path) -> Reference:
         )
     except Exception as error:  # safetensors and transformers raise many kinds on a damaged folder
         raise UserError(f"{bundle}: PyTorch cannot load this bundle ({str(error).splitlines()[0]}).") from error
+    refuse_unfilled(bundle, info)
+    if (bundle / "adapter").is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, bundle / "adapter").merge_and_unload()
+    return Reference(model.eval(), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
+
+
+def refuse_unfilled(bundle: Path, info: Mapping[str, Any]) -> None:
+    """Refuses what `from_pretrained(..., output_loading_info=True)` told of weights that do not fit.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
     wrong = [
         f"{kind} {', '.join(sorted(map(str, info[key])))}"
         for kind, key in (
@@ -143,11 +158,6 @@ def load(bundle: Path) -> Reference:
     ]
     if wrong:
         raise UserError(f"{bundle}: the weights do not fill the PyTorch model: {'; '.join(wrong)}.")
-    if (bundle / "adapter").is_dir():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, bundle / "adapter").merge_and_unload()
-    return Reference(model.eval(), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
 
 
 def check_files(bundle: Path) -> dict[str, Any]:

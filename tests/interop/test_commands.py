@@ -112,6 +112,8 @@ def test_from_foreign_weights_to_foreign_weights(tmp_path):
     assert set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
 
     call("export", f"--checkpoint={stage3}", "--format=peft", f"--out={tmp_path / 'adapter'}")
+    told = call("export", f"--checkpoint={stage3}", f"--verify={tmp_path / 'adapter'}", "--max_new_tokens=8")
+    assert "PyTorch and JAX agree (greatest difference: logits" in told and "greedy texts equal" in told
     told = call("export", f"--checkpoint={stage3}", "--format=llava", f"--out={tmp_path / 'none'}", status=2)
     assert "there is no text tower beside the image tower" in told
     call(

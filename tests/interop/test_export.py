@@ -42,7 +42,7 @@ def test_nothing_is_left_of_a_bundle_that_differs(plain_example, tmp_path, monke
         return {**tree, "norm": {"scale": np.asarray(tree["norm"]["scale"]) * 1.01}}
 
     monkeypatch.setattr(bundle, "with_rows", damaged)
-    with pytest.raises(UserError, match="do not agree on this bundle: max_abs_logit_diff"):
+    with pytest.raises(UserError, match="do not agree on it: max_abs_logit_diff"):
         exported(plain_example, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
