@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
 _DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).", required=True)
@@ -23,6 +23,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.", required=True
 )
 flags.mark_flag_as_required("config")
+distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> None:
@@ -30,6 +31,7 @@ def main(_: Sequence[str]) -> None:
 
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
 
+    distributed.join()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     tasks.adopt(config, bases)
