@@ -5,6 +5,8 @@
 
 Rows of the file are id, query, reference, prediction. Greedy unless --temperature is given. --pixels=noise and --pixels=shuffled show the
 model noise or another study's image instead: how much of a score comes from looking.
+
+On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the file.
 """
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 
@@ -42,6 +44,7 @@ def define_flags() -> None:
         ["float32", "bfloat16"],
         "To compute in; without it as the run was trained, for a converted base float32.",
     )
+    distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> None:
@@ -50,16 +53,24 @@ def main(_: Sequence[str]) -> None:
         raise UserError("give either --data (and --out) or --image.")
     if options.data and not options.out:
         raise UserError("--out is missing: the JSONL file to write.")
+    distributed.join()
     writer = Writer(Path(options.checkpoint), options)
     if options.image:
-        print(writer.one(Path(options.image), options.indication))
+        text = writer.one(Path(options.image), options.indication)
+        if distributed.first():
+            print(text)
+        return
+    rows = writer.corpus(Path(options.data), options.split, options.limit, options.pixels)
+    if not distributed.first():
+        for _ in rows:  # works along with process 0, which writes
+            pass
         return
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     with partial.open("w") as file:
-        for row in writer.corpus(Path(options.data), options.split, options.limit, options.pixels):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for study in rows:
+            file.write(json.dumps(study, ensure_ascii=False) + "\n")
     partial.replace(out)
 
 
@@ -123,7 +134,8 @@ class Writer:
         )
         rng = np.random.default_rng(self._options.seed)
         unusable = 0
-        with tqdm(total=total, desc=f"generate ({pixels})", unit="study", disable=None) as bar:
+        quiet = None if distributed.first() else True
+        with tqdm(total=total, desc=f"generate ({pixels})", unit="study", disable=quiet) as bar:
             for batch in batches:
                 batch["image"] = change(batch["image"], batch["index"] >= 0, pixels, rng)
                 texts = self._write(batch)
@@ -139,7 +151,7 @@ class Writer:
                         "prediction": text if usable else "",
                     }
                     bar.update()
-        if unusable:
+        if unusable and distributed.first():
             print(f"{unusable} studies have no prediction: their image could not be read or their prompt is too long.")
 
     def _write(self, batch: dict[str, Any]) -> list[str]:
@@ -152,14 +164,14 @@ class Writer:
             ids = generate.generate(
                 self._model,
                 self._variables,
-                sharding.place_batch(inputs, self._mesh),
+                sharding.place_whole(inputs, self._mesh),
                 jax.random.key(self._options.seed),
                 max_new_tokens=self._options.max_new_tokens,
                 eos_id=self._tokenizer.eos_id,
                 temperature=self._options.temperature,
                 top_p=self._options.top_p,
             )
-        rows = jax.device_get(ids).tolist()
+        rows = sharding.gather(ids).tolist()
         return [self._tokenizer.decode(until(row, self._tokenizer.eos_id)).strip() for row in rows]
 
 
