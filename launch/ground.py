@@ -79,7 +79,10 @@ def main(_: Sequence[str]) -> None:
             **asdict(pointing),
         }
         if distributed.first():
-            print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
+            if pointing.n:
+                print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
+            else:
+                print("pointing game: no text names a finding that its film has.")
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
         maps = looker.maps(targets)
