@@ -164,9 +164,16 @@ class Writer:
 
         from rad_jax.input_pipeline import eval_batches
 
-        options = {"batch_size": batch_size, "text_length": text_length, "target_length": 0, "frontal_only": False}
         read = functools.partial(
-            eval_batches, corpus, self._options.split, template="prompt", image_size=self._image_size, **options
+            eval_batches,
+            corpus,
+            self._options.split,
+            template="prompt",
+            batch_size=batch_size,
+            text_length=text_length,
+            target_length=0,
+            image_size=self._image_size,
+            frontal_only=False,
         )
         if self._options.pixels == "shuffled":
             for batch, after in zip(read(order=numbers), read(order=(numbers + 1) % total), strict=True):

@@ -20,7 +20,7 @@ _HIDDEN = -1e30  # finite, so that a batch without one pair gives zero and not 0
 
 
 def contrastive_loss(
-    images: Array, texts: Array, scale: Array, bias: Array, weights: Array, kind: Loss
+    images: Array, texts: Array, scale: Array, bias: Array, weights: Array, *, kind: Loss
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
     """Summed over pairs, of z[i, j] = scale images[i] . texts[j] + bias.
 
@@ -98,7 +98,7 @@ def activation_bytes(model: nn.Module, text_length: int) -> dict[str, int]:
         model: a `Clip`.
         text_length: T.
     """
-    size = model.config.vision.image_size  # type: ignore[attr-defined]
+    size = model.config.vision.image_size
 
     def inputs(rows: int) -> tuple[Any, ...]:
         return (

@@ -49,8 +49,8 @@ def generate(
     index = batch.get("index", jnp.arange(len(batch["length"])))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
     logits, lengths, cache = prefill(model, variables, batch, max_new_tokens)
-    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "temperature": temperature, "top_p": top_p}
-    return decode(model, variables, logits, lengths, cache, index < 0, keys, **options)
+    loop = functools.partial(decode, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p)
+    return loop(model, variables, logits, lengths, cache, index < 0, keys)
 
 
 def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Cache]:

@@ -114,7 +114,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     Returns:
         uint8 [size, size].
     """
-    top, left, height, width = crop_box(*image.shape, rng)
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng)
     part = Image.fromarray(image[top : top + height, left : left + width])
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -127,7 +127,7 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     """
     for _ in range(10):
         area = height * width * rng.uniform(*CROP_AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIO)))
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         part_width, part_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < part_width <= width and 0 < part_height <= height:
             top, left = rng.integers(height - part_height + 1), rng.integers(width - part_width + 1)

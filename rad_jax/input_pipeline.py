@@ -238,7 +238,7 @@ def eval_batches(
     image_size: int,
     frontal_only: bool,
     limit: int | None = None,
-    order: Sequence[int] | None = None,
+    order: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -250,17 +250,18 @@ def eval_batches(
     """
     _check_batch(batch_size, process_count)
     rows = _Rows(corpus, split, template, text_length, target_length, image_size)
-    numbers = corpus.numbers(split, frontal_only)[:limit] if order is None else np.asarray(order)
+    numbers = corpus.numbers(split, frontal_only)[:limit] if order is None else order
     padded = np.concatenate([numbers, np.full(-len(numbers) % batch_size, _PADDING)])
     dataset = grain.MapDataset.source(padded)[process_index::process_count]
     batches = dataset.map(rows).batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
 
 
-def prompt_lengths(corpus: Corpus, split: str, numbers: Sequence[int]) -> np.ndarray:
+def prompt_lengths(corpus: Corpus, split: str, numbers: np.ndarray) -> np.ndarray:
     """Tokens of the prompts of these records, int64 [n]; reads each once."""
     source, tokenizer = corpus.source(split), corpus.tokenizer()
-    return np.array([len(render(tokenizer, "prompt", source[number], number, 2**31).ids) for number in numbers], int)
+    prompts_of = (render(tokenizer, "prompt", source[int(number)], int(number), 2**31) for number in numbers)
+    return np.array([len(prompt.ids) for prompt in prompts_of], int)
 
 
 def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:

@@ -207,7 +207,8 @@ class Contrastive:
             return self.model.apply(join(trainable, frozen), images, micro["tokens"], micro["length"])
 
         def global_loss(*features: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            return contrastive_loss(*features, batch["weight"], self.model.config.loss)
+            images, texts, scale, bias = features
+            return contrastive_loss(images, texts, scale, bias, batch["weight"], kind=self.model.config.loss)
 
         def loss(trainable: Tree) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             return global_loss(*features(trainable, batch))

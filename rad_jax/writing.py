@@ -1,7 +1,7 @@
 """Findings for a whole corpus: prompts of like length go together, and what is written is kept when the run is killed."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rad_jax.errors import UserError
 _MULTIPLE = 64  # tokens that a length is rounded up to; each rounded length is compiled once
 
 
-def by_length(lengths: Sequence[int], batch_size: int, multiple: int = _MULTIPLE) -> Iterator[tuple[int, np.ndarray]]:
+def by_length(lengths: np.ndarray, batch_size: int, multiple: int = _MULTIPLE) -> Iterator[tuple[int, np.ndarray]]:
     """Cuts rows into batches of like length, the longest first, so that what does not fit in memory does not fit at once.
 
     Args:
@@ -23,8 +23,8 @@ def by_length(lengths: Sequence[int], batch_size: int, multiple: int = _MULTIPLE
     Yields:
         A padded length T, and the places of all rows that go in batches of it: whole batches, but for the very last.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    longest = -(-max(lengths, default=0) // 8) * 8
+    order = np.argsort(-lengths, kind="stable")
+    longest = -(-int(lengths.max(initial=0)) // 8) * 8
     groups: dict[int, list[np.ndarray]] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

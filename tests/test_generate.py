@@ -170,17 +170,17 @@ def test_samples_depend_on_a_rows_number_not_on_its_place(models):
     ids=str,
 )
 def test_eight_devices_write_what_one_writes(training, models, greedy, axes):
-    """The cache lies over the devices and stays there: no collective is as large as a device's part of its keys."""
+    """The cache lies over the devices and stays there: none of the collectives moves keys or values of the length of a row."""
     model, variables, few = models["stage3"]
     batch = {name: np.concatenate([rows, rows[::-1]]) for name, rows in few.items()}
     mesh = training.mesh(**axes)
     boxed = jax.eval_shape(tasks.Generative(model).init, jax.random.key(0))
+    placed = jax.device_put(variables, sharding.variable_shardings(boxed, mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        placed = jax.device_put(variables, sharding.variable_shardings(boxed, mesh))
         inputs = sharding.place_batch(batch, mesh)
         options = {"max_new_tokens": NEW, "eos_id": NEVER}
         compiled = generate.lower(model, placed, inputs, jax.random.key(0), **options).compile()
-        found = compiled(variables=placed, batch=inputs, rng=jax.random.key(0))
+        found = compiled(placed, inputs, jax.random.key(0))
     np.testing.assert_array_equal(found, np.concatenate([greedy["stage3"], greedy["stage3"][::-1]]))
     llm, tokens = model.config.llm, batch["tokens"].shape[1] + model.config.image_tokens + NEW
     part = (
@@ -190,12 +190,11 @@ def test_eight_devices_write_what_one_writes(training, models, greedy, axes):
         llm.kv_heads // axes.get("tensor", 1),
         llm.head_dim,
     )
-    code = compiled.as_text()
+    code = compiled.as_text() or ""
     assert f"f32[{','.join(map(str, part))}]" in code
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", code)
     assert moved
-    whole = [shape for shape in moved if f",{tokens}," in f",{shape},"]
-    assert not whole
+    assert not [shape for shape in moved if re.search(rf"\b{tokens},\d+,{llm.head_dim}$", shape)]
 
 
 def first_layer(model, variables, batch, row):

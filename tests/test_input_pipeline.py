@@ -321,9 +321,10 @@ def test_unknown_crop(corpus):
 
 
 def test_eval_batches_in_another_order(corpus):
-    lengths = input_pipeline.prompt_lengths(corpus, "train", [3, 0, 9])
+    order = np.array([3, 0, 9])
+    lengths = input_pipeline.prompt_lengths(corpus, "train", order)
     options = {**OPTIONS, "batch_size": 2}
-    batches = list(eval_batches(corpus, "train", **options, template="prompt", order=[3, 0, 9]))
+    batches = list(eval_batches(corpus, "train", **options, template="prompt", order=order))
     assert [batch["index"].tolist() for batch in batches] == [[3, 0], [9, -1]]
     assert np.concatenate([batch["length"] for batch in batches]).tolist()[:3] == lengths.tolist()
 

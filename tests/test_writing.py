@@ -28,7 +28,7 @@ def test_every_row_once_in_batches_of_like_length(count, batch_size, multiple):
 
 
 def test_nothing_to_write():
-    assert list(by_length([], 4)) == []
+    assert list(by_length(np.array([], int), 4)) == []
 
 
 def row(number):
