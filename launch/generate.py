@@ -10,6 +10,8 @@ Rows of the file are id, query, reference, prediction, in the corpus's order. Gr
 Studies are worked on by the length of their prompts, --batch_size at once over all devices. What is written stays in OUT.partial until all
 is done: the same command after a kill goes on from there. --tensor devices share a copy of the weights, its heads and its cache, and
 --fsdp devices share out the weights of the copies; a row's text does not depend on where it is written, but for rounding.
+
+On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the file.
 """
 
 import functools
@@ -20,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 
@@ -50,6 +52,7 @@ def define_flags() -> None:
         ["float32", "bfloat16"],
         "To compute in; without it as the run was trained, for a converted base float32.",
     )
+    distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> None:
@@ -58,9 +61,12 @@ def main(_: Sequence[str]) -> None:
         raise UserError("give either --data (and --out) or --image.")
     if options.data and not options.out:
         raise UserError("--out is missing: the JSONL file to write.")
+    distributed.join()
     writer = Writer(options)
     if options.image:
-        print(writer.one(Path(options.image), options.indication))
+        text = writer.one(Path(options.image), options.indication)
+        if distributed.first():
+            print(text)
         return
     from rad_jax.input_pipeline import Corpus
     from rad_jax.writing import Unfinished
@@ -68,11 +74,13 @@ def main(_: Sequence[str]) -> None:
     corpus = Corpus.open(options.data)
     total = min(options.limit or sys.maxsize, len(corpus.source(options.split)))
     unfinished = Unfinished(Path(options.out), writer.settings(corpus))
-    if unfinished.rows:
+    if unfinished.rows and distributed.first():
         print(f"{len(unfinished.rows)} studies are written already: going on after them.")
-    for rows in writer.corpus(corpus, total, done=unfinished.rows):
-        unfinished.add(rows)
-    unfinished.finish(total)
+    for rows in writer.corpus(corpus, total, done=frozenset(unfinished.rows)):
+        if distributed.first():  # the others only work along
+            unfinished.add(rows)
+    if distributed.first():
+        unfinished.finish(total)
 
 
 class Writer:
@@ -135,7 +143,8 @@ class Writer:
         source, todo = corpus.source(split), np.array([n for n in range(total) if n not in done], int)
         batch_size = -(-min(self._options.batch_size, max(len(todo), 1)) // self._shares) * self._shares
         lengths, unusable = input_pipeline.prompt_lengths(corpus, split, todo), 0
-        with tqdm(total=total, initial=total - len(todo), desc="generate", unit="study", disable=None) as bar:
+        quiet = None if distributed.first() else True
+        with tqdm(total=total, initial=total - len(todo), desc="generate", unit="study", disable=quiet) as bar:
             for text_length, places in writing.by_length(lengths, batch_size):
                 for batch in self._batches(corpus, todo[places], total, batch_size, text_length):
                     rows = {}
@@ -153,7 +162,7 @@ class Writer:
                         }
                     yield rows
                     bar.update(len(rows))
-        if unusable:
+        if unusable and distributed.first():
             print(f"{unusable} studies have no prediction: their image could not be read.")
 
     def _batches(
@@ -197,14 +206,14 @@ class Writer:
             ids = generate.generate(
                 self._model,
                 self._variables,
-                sharding.place_batch(inputs, self._mesh),
+                sharding.place_whole(inputs, self._mesh),
                 jax.random.key(self._options.seed),
                 max_new_tokens=self._options.max_new_tokens,
                 eos_id=self._tokenizer.eos_id,
                 temperature=self._options.temperature,
                 top_p=self._options.top_p,
             )
-        rows = jax.device_get(ids).tolist()
+        rows = sharding.gather(ids).tolist()
         return [self._tokenizer.decode(until(row, self._tokenizer.eos_id)).strip() for row in rows]
 
 
