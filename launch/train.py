@@ -65,6 +65,7 @@ def main(_: Sequence[str]) -> None:
         process_index=share,
         process_count=shares,
         num_threads=config.data.num_threads,
+        crop=config.data.get("crop", "centre"),
     )
     base = state.join(*(run.variables for run in bases))
     train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh)

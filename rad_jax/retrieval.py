@@ -32,7 +32,7 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
     @jax.jit
     def both(variables: Tree, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         pixels = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
-        images, texts, _ = model.apply(variables, pixels, batch["tokens"], batch["length"])
+        images, texts, *_ = model.apply(variables, pixels, batch["tokens"], batch["length"])
         return images, texts
 
     rows: dict[str, list[np.ndarray]] = {"images": [], "texts": [], "index": []}

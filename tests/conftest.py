@@ -73,7 +73,14 @@ class Training:
         lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
         stages: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, int, int]] = {
             "lm": ("generative", {"llm": llm}, ("params/llm/.*",), "text", 64, 63),
-            "stage1": ("contrastive", {"vision": vision, "text": text, "embed_dim": 16}, (".*",), "clip", 64, 0),
+            "stage1": (
+                "contrastive",
+                {"vision": vision, "text": text, "embed_dim": 16, "loss": "softmax"},
+                (".*",),
+                "clip",
+                64,
+                0,
+            ),
             "stage2": ("generative", {"vision": seen, "llm": llm}, ("params/projector/.*",), "plain", 64, 62),
             "stage3": (
                 *("generative", {"vision": seen, "llm": llm, "lora": lora}),

@@ -78,7 +78,7 @@ def from_run(run: Run) -> Exported:
     clip = None
     if "text" in model and "vision" in model:
         vision = VitConfig(**{**model["vision"], "feature_layer": None})
-        clip = ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"])
+        clip = ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"], model.get("loss", "softmax"))
     return Exported(
         run.variables,
         config,
