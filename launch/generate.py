@@ -74,6 +74,7 @@ def main(_: Sequence[str]) -> None:
     corpus = Corpus.open(options.data)
     total = min(options.limit or sys.maxsize, len(corpus.source(options.split)))
     unfinished = Unfinished(Path(options.out), writer.settings(corpus))
+    distributed.agree(f"{len(unfinished.rows)} studies written beside {options.out}")
     if unfinished.rows and distributed.first():
         print(f"{len(unfinished.rows)} studies are written already: going on after them.")
     for rows in writer.corpus(corpus, total, done=frozenset(unfinished.rows)):
