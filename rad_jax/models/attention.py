@@ -7,6 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rad_jax.models.layers import Dense
@@ -34,7 +35,8 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         unspecified when `causal`.
     """
     if not impl.startswith("splash"):
-        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
+        y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
+        return checkpoint_name(y, "attended")
     if lengths is None:
         lengths = jnp.full(q.shape[:1], k.shape[1], jnp.int32)
     kernel = functools.partial(_splash, causal=causal, interpret=impl == "splash_interpret")
@@ -111,7 +113,7 @@ class EncoderAttention(nn.Module):
 
         def heads(name: str) -> Array:
             y = Dense(shape, ("embed", "heads", "head_dim"), dtype=self.dtype, name=name)(x)
-            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+            return checkpoint_name(nn.with_logical_constraint(y, ("batch", "length", "act_heads", None)), name)
 
         y = attend(heads("q"), heads("k"), heads("v"), lengths, causal=False, impl=self.impl)
         return Dense((width,), ("heads", "head_dim", "embed"), in_axes=2, dtype=self.dtype, name="o")(y)
