@@ -68,7 +68,7 @@ def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -
 
 
 # What may differ between the model that weights were made with and the one that goes on with them: it does not change a number's meaning.
-_FREE = {"dtype", "remat", "unroll", "attention", "feature_layer", "max_positions", "dropout"}
+_FREE = {"dtype", "remat", "unroll", "attention", "rope", "feature_layer", "max_positions", "dropout"}
 
 
 def adopt(config: Any, bases: Sequence[Run]) -> None:
@@ -103,6 +103,10 @@ def _plain(value: Any) -> Any:
 def make_task(config: Any) -> "Generative | Contrastive":
     """The task that `config.task` names, over the model that `config.model` describes."""
     shape = model_config(config)
+    if config.frozen_dtype == "int8":
+        if not isinstance(shape, LlavaConfig):
+            raise UserError("config.frozen_dtype is int8 but the task has no language model: give bfloat16 or float32.")
+        shape = dataclasses.replace(shape, llm=dataclasses.replace(shape.llm, int8=True))
     return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape))
 
 
@@ -118,6 +122,7 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
         UserError: the run and its bases do not give every variable, or are no whole model.
     """
     config = ml_collections.ConfigDict(run.config)
+    config.frozen_dtype = "float32"  # what the run's weights were rounded to in training does not matter here
     if config.task == "tower":
         raise UserError(f"{run.path} is an image tower alone: name it in --base of a training, with what it lacks.")
     for part in {"vision", "text", "llm"} & set(config.model):

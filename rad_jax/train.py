@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from rad_jax import metrics, optim, sharding
+from rad_jax import metrics, optim, quantise, sharding
 from rad_jax.checkpoint import Checkpointer
 from rad_jax.errors import UserError
 from rad_jax.state import TrainState, Tree, select, split, table
@@ -112,18 +112,20 @@ def initial(
     """State at step 0 and the frozen variables, placed on the mesh: from `base` where it has them, else freshly drawn.
 
     Raises:
-        UserError: a frozen variable is not in `base`, or one has another shape there.
+        UserError: a frozen variable is not in `base`, or one has another shape there; one that learns would be int8.
     """
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     shapes, places = nn.unbox(boxed), sharding.variable_shardings(boxed, mesh)
     trains, stays = (flatten_dict(tree, sep="/") for tree in split(shapes, config.trainable))
     where, given = flatten_dict(places, sep="/"), flatten_dict(select(base, shapes), sep="/")
-    missing = sorted(stays.keys() - given.keys())
+    missing = sorted(path for path in stays.keys() - given.keys() if not path.startswith("scales/"))
     if missing:
         raise UserError(
             f"the config freezes {len(missing)} variables that no --base gives, {missing[0]} the first: "
             "name the run (or runs, with commas) that trained them in --base."
         )
+    if any(leaf.dtype == jnp.int8 for leaf in trains.values()):
+        raise UserError("config.frozen_dtype is int8 but the language model's layers learn: give bfloat16 or float32.")
     fresh = trains.keys() - given.keys()
 
     def draw() -> dict[str, jax.Array]:
@@ -132,8 +134,12 @@ def initial(
 
     made = jax.jit(draw, out_shardings={path: where[path] for path in fresh})()
     for path, leaf in given.items():
-        dtype = config.frozen_dtype if path in stays else "float32"
-        made[path] = sharding.place(leaf, jnp.dtype(dtype), where[path])
+        dtype = quantise.stored_dtype(path, stays[path], config.frozen_dtype) if path in stays else jnp.float32
+        if dtype == jnp.int8:
+            scales = "scales/" + path.removeprefix("params/")
+            made[path], made[scales] = quantise.place(leaf, where[path], where[scales], stays[scales].ndim)
+        else:
+            made[path] = sharding.place(leaf, dtype, where[path])
     trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
     frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
     return start(trainable, optimizer, config.seed, mesh), frozen
