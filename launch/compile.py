@@ -31,7 +31,9 @@ _GENERATE_ROWS = flags.DEFINE_integer(
     "generate_rows", None, "Instead of the train step, generation for so many images at once.", lower_bound=1
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest generated text.", lower_bound=1)
-_TEXT_TOKENS = flags.DEFINE_float("text_tokens", None, "Real text tokens of a row on average; all of them if not given.")
+_TEXT_TOKENS = flags.DEFINE_float(
+    "text_tokens", None, "Real text tokens of a row on average; all of them if not given."
+)
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the scheduled program, from which the time can be read again.")
 _SAVE = flags.DEFINE_string("save", None, "File for the serialized executable.")
@@ -57,7 +59,7 @@ def main(_: Sequence[str]) -> int:
         Path(_HLO.value).write_text(program.text)
     if _SAVE.value:
         aot.save(program, Path(_SAVE.value))
-    found = aot.report(config, program, _TEXT_TOKENS.value, _GENERATE_ROWS.value, _MAX_NEW_TOKENS.value)
+    found = aot.report(program, _TEXT_TOKENS.value)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
     print(page(found))

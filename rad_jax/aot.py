@@ -7,8 +7,10 @@ put in, and a schedule with an estimate of every operation's cycles, from which 
 import dataclasses
 import importlib.util
 import os
+import pickle
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -42,19 +44,35 @@ class DoesNotFit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, what went into it, and how long compiling took in seconds."""
+    """A compiled program.
 
-    mesh: Mesh
+    Attributes:
+        config: the experiment.
+        place, slices: what it was compiled for. mesh: over all of their chips.
+        arguments: abstract; of a train step the state, the frozen variables and the batch.
+        rows: of the global batch. new_tokens: that generation may write, 0 for a train step.
+        executable: JAX's. text: the scheduled program.
+        seconds: that tracing and compiling took.
+    """
+
+    config: Any
     place: chips.Slice
     slices: int
+    mesh: Mesh
+    arguments: tuple[Any, ...]
+    rows: int
+    new_tokens: int
     executable: Any
     text: str
-    arguments: tuple[Any, ...]
     seconds: float
 
     @property
+    def chips(self) -> int:
+        return self.place.chips * self.slices
+
+    @property
     def memory(self) -> dict[str, int]:
-        """Bytes per chip. `peak` is what counts: arguments and temporaries overlap where memory is reused."""
+        """Bytes per chip. `peak` is what counts: the others share memory where one is used up before the next is there."""
         found = self.executable.memory_analysis()
         return {
             "arguments": found.argument_size_in_bytes,
@@ -92,7 +110,7 @@ def devices(place: chips.Slice, slices: int = 1) -> list[Any]:
 
 
 def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Program:
-    """The train step of an experiment.
+    """The train step of an experiment, as `train.run` compiles it.
 
     Raises:
         DoesNotFit: a chip has too little memory.
@@ -101,12 +119,19 @@ def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Progra
     mesh = sharding.make_mesh(**config.mesh, devices=devices(place, slices))
     task, optimizer = tasks.make_task(config), optim.optimizer(config.optimizer, config.steps)
     state, frozen = train.abstract(config, task, optimizer, mesh)
+    arguments = (state, frozen, abstract_batch(config, mesh))
     step = train.jitted_step(config, task, optimizer, state)
-    return _compile(step, (state, frozen, abstract_batch(config, mesh)), mesh, place, slices, {})
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        start = time.perf_counter()
+        executable = _compiled(step.lower(*arguments), config)
+    seconds = time.perf_counter() - start
+    return Program(
+        config, place, slices, mesh, arguments, config.batch_size, 0, executable, executable.as_text(), seconds
+    )
 
 
 def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, max_new_tokens: int) -> Program:
-    """Prefill of `rows` prompts of `config.data.text_length` tokens in all, and greedy decoding of up to `max_new_tokens`.
+    """Prefill of `rows` prompts of up to `config.data.text_length` tokens, and greedy decoding of up to `max_new_tokens` more.
 
     Raises: as `compile_training`.
     """
@@ -121,8 +146,13 @@ def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, 
     batch = {name: x for name, x in abstract_batch(config, mesh, rows).items() if name in ("tokens", "length", "image")}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    options = {"max_new_tokens": max_new_tokens, "eos_id": 2}
-    return _compile(generate.generate, (task.model, variables, batch, key), mesh, place, slices, options)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        start = time.perf_counter()
+        lowered = generate.generate.lower(task.model, variables, batch, key, max_new_tokens=max_new_tokens, eos_id=2)
+        executable = _compiled(lowered, config)
+    seconds = time.perf_counter() - start
+    text = executable.as_text()
+    return Program(config, place, slices, mesh, (variables, batch), rows, max_new_tokens, executable, text, seconds)
 
 
 def abstract_batch(config: Any, mesh: Mesh, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -141,18 +171,11 @@ def abstract_batch(config: Any, mesh: Mesh, rows: int | None = None) -> dict[str
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
 
 
-def _compile(
-    function: Any, arguments: tuple[Any, ...], mesh: Mesh, place: chips.Slice, slices: int, options: dict[str, Any]
-) -> Program:
-    start = time.perf_counter()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        lowered = function.lower(*arguments, **options)
-        try:
-            executable = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise _explained(error) from error
-    seconds = time.perf_counter() - start
-    return Program(mesh, place, slices, executable, executable.as_text(), arguments, seconds)
+def _compiled(lowered: Any, config: Any) -> Any:
+    try:
+        return lowered.compile(compiler_options=dict(config.get("compiler_options", {})))
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error) from error
 
 
 def _explained(error: Exception) -> Exception:
@@ -163,55 +186,125 @@ def _explained(error: Exception) -> Exception:
     return error
 
 
+def advice(config: Any) -> str:
+    """What makes a train step smaller, the cheapest first."""
+    knobs = []
+    model = config.model
+    part = model.llm if "llm" in model else model.vision
+    name = "llm" if "llm" in model else "vision"
+    rows = config.batch_size // (config.num_micro * config.mesh.data * config.mesh.fsdp)
+    if part.get("remat", "none") != "full":
+        knobs.append(f"keep less for the backward pass (--config.model.{name}.remat=full)")
+    if rows > 1:
+        knobs.append(f"more turns with fewer rows (--config.num_micro={config.num_micro * rows // max(1, rows // 2)})")
+    if config.mesh.data > 1:
+        sizes = f"--config.mesh.data=1 --config.mesh.fsdp={config.mesh.data * config.mesh.fsdp}"
+        knobs.append(f"share the weights among all chips ({sizes})")
+    if config.frozen_dtype != "int8" and "llm" in model:
+        knobs.append("hold the frozen layers in 8 bits (--config.frozen_dtype=int8)")
+    return "What helps: " + "; ".join([*knobs, "a larger slice (--topology)"]) + "."
+
+
+def save(program: Program, file: Path) -> None:
+    """The executable, for the same jax and libtpu on the topology it was compiled for."""
+    from jax.experimental.serialize_executable import serialize
+
+    file.write_bytes(pickle.dumps(serialize(program.executable)))
+
+
 # ----------------------------------------------------------------------------------------------------------------------- the report
 
 
-def report(
-    config: Any, program: Program, text_tokens: float | None, generate_rows: int | None, max_new_tokens: int
-) -> dict[str, Any]:
-    """What a compiled program takes and how fast it should be.
+def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]:
+    """What a program takes and how fast it should be, as JSON can hold it; FLOPs, bytes and rates are per chip unless named otherwise.
 
     Args:
-        config: the experiment.
-        program: its step, or generation.
-        text_tokens: real text tokens of a row on average; None counts all as real.
-        generate_rows: rows that generation was compiled for, None for the train step.
-        max_new_tokens: of generation.
+        program: a train step or generation.
+        text_tokens: real text tokens of a row on average; without it what the config says, else all of them.
     """
+    config, place = program.config, program.place
     reading = schedule.read(program.text, schedule.network_of(program))
     model = tasks.model_config(config)
-    text, targets = config.data.text_length, config.data.target_length
-    real = min(text, text_tokens or text)
-    lengths = flops.Lengths(real, min(targets, real), text, targets)
-    rows = generate_rows or config.batch_size
-    if generate_rows:
-        parts = flops.writing(model, lengths, max_new_tokens)
-    else:
-        parts = flops.training(model, config.trainable, lengths, rows)
-    work, total_chips = flops.total(parts), program.place.chips * program.slices
-    share = rows / total_chips / reading.seconds / program.place.chip.peak
+    parts, lengths = _work(program, model, text_tokens)
+    work = flops.total(parts)
+    rows = program.rows / program.chips / reading.seconds  # per second and chip
     memory = program.memory
-    image = model.image_tokens
-    return {
-        "topology": program.place.name,
+    tokens = lengths.text + model.image_tokens + program.new_tokens
+    found = {
+        "topology": place.name,
         "slices": program.slices,
-        "chips": total_chips,
+        "chips": program.chips,
         "mesh": dict(program.mesh.shape),
-        "sequence_length": text + image,
-        "real_tokens": real + image,
-        "global_batch": rows,
-        "num_micro": config.num_micro,
+        "sequence_length": lengths.padded_text + model.image_tokens,
+        "real_tokens": tokens,
+        "global_batch": program.rows,
+        "num_micro": 1 if program.new_tokens else config.num_micro,
+        "remat": (config.model.get("llm") or config.model.vision).get("remat", "none"),
+        "frozen_dtype": config.frozen_dtype,
+        **_parameters(program),
         "peak_hbm_bytes": memory["peak"],
-        "hbm_bytes": program.place.chip.hbm,
+        "hbm_bytes": place.chip.hbm,
         "memory": memory,
-        "flops_formula": work.executed * rows / total_chips,
+        "flops_formula": work.executed * program.rows / program.chips,
         "flops_compiled": reading.flops,
-        "collectives": reading.collectives,
+        "flops_needed": work.needed * program.rows / program.chips,
+        "parts": {name: dataclasses.asdict(part) for name, part in parts.items()},
+        "collectives": _collectives(reading),
+        "method": "cycles of the scheduled program (rad_jax/schedule.py); an estimate, not a measurement",
         "predicted_step_s": reading.seconds,
-        "schedule": {"matmul_s": reading.matmul, "other_s": reading.other, "kernels_s": reading.kernels, "exposed_s": reading.exposed, "transfers_s": reading.transfers},
-        "tokens_per_s_per_chip": (real + image) * rows / total_chips / reading.seconds,
-        "lora_mfu": work.needed * share,
-        "mfu_6n": work.trained * share,
-        "hardware_utilization": reading.flops / reading.seconds / program.place.chip.peak,
+        "schedule": {
+            "matmul_s": reading.matmul,
+            "other_s": reading.other,
+            "kernels_s": reading.kernels,
+            "exposed_s": reading.exposed,
+            "transfers_s": reading.transfers,
+            "unknown_kernels": sorted(reading.unknown),
+        },
+        "tokens_per_s_per_chip": tokens * rows,
+        "lora_mfu": work.needed * rows / place.chip.peak,
+        "mfu_6n": work.trained * rows / place.chip.peak,
+        "hardware_utilization": reading.flops / reading.seconds / place.chip.peak,
         "compile_s": program.seconds,
     }
+    if program.new_tokens:
+        return found | {"new_tokens": program.new_tokens, "images_per_s_per_chip": rows}
+    hours = config.steps * reading.seconds / 3600
+    return found | {"steps": config.steps, "stage_hours": hours, "chip_hours": hours * program.chips}
+
+
+def _work(program: Program, model: Any, text_tokens: float | None) -> tuple[dict[str, flops.Count], flops.Lengths]:
+    data = program.config.data
+    text = min(data.text_length, text_tokens or data.get("mean_text_length") or data.text_length)
+    lengths = flops.Lengths(text, min(data.target_length, text), data.text_length, data.target_length)
+    if program.new_tokens:
+        return flops.writing(model, lengths, program.new_tokens), lengths
+    return flops.training(model, program.config.trainable, lengths, program.rows), lengths
+
+
+def _parameters(program: Program) -> dict[str, Any]:
+    """Their number, and of a train step what a checkpoint writes: trainables and optimizer."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    if program.new_tokens:
+        return {"frozen_params": size(program.arguments[0]), "trainable_params": 0}
+    state, frozen, _ = program.arguments
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
+    return {
+        "frozen_params": size(frozen.get("params", {})),
+        "trainable_params": size(state.trainable),
+        "optimizer_params": size(state.opt_state),
+        "checkpoint_bytes": stored,
+        "checkpoint_s_at_1_gb_per_s": stored / 1e9,
+    }
+
+
+def _collectives(reading: schedule.Reading) -> list[dict[str, Any]]:
+    """By kind and the mesh axes they go along: bytes and seconds on one chip, hidden ones too, and how many."""
+    kinds = sorted({key[:2] for key in reading.collectives})
+    return [
+        {"kind": kind, "axes": axes}
+        | {what: reading.collectives[kind, axes, what] for what in ("number", "bytes", "seconds")}
+        for kind, axes in kinds
+    ]

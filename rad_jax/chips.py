@@ -90,6 +90,6 @@ def find(name: str) -> Slice:
         raise UserError(f"there is no {name}: {chip.generation} has slices of {sizes}.")
     extents = [int(n) for n in shapes[count].split("x")]
     closed = count == 256 if chip.cores == 1 else all(n % 4 == 0 for n in extents)
-    wrap = tuple(closed and n > 1 for n in (extents + [1])[:3])
+    wrap = tuple(closed and n > 1 for n in [*extents, 1][:3])
     assert math.prod(extents) == count
     return Slice(name, chip, count, shapes[count], (wrap[0], wrap[1], wrap[2]))

@@ -14,7 +14,6 @@ Four counts of one row (PaLM, appendix B of arXiv 2204.02311, carried over to fr
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rad_jax.models.bert import BertConfig
 from rad_jax.models.clip import ClipConfig
@@ -52,16 +51,14 @@ class Lengths:
 
 
 def learns(patterns: Sequence[str], part: str) -> bool:
-    """Whether any of a part's variables trains; `part` is the beginning of their paths, up to the layer: "params/llm/layers/"."""
+    """Whether a part's kernels train; `part` is the beginning of their paths: "params/llm/layers/"."""
     return any(re.fullmatch(pattern, part + "kernel") for pattern in patterns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- products
 
 
-def linear(
-    weights: float, real: float, padded: float, *, passes: bool, learns: bool, again: float = 0.0
-) -> Count:
+def linear(weights: float, real: float, padded: float, *, passes: bool, learns: bool, again: float = 0.0) -> Count:
     """A matrix of `weights` elements applied to so many tokens.
 
     Args:
@@ -101,60 +98,55 @@ def splash_pairs(length: int, causal: bool) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------- towers and decoder
 
-# Which products of a block the backward pass repeats under a remat policy; those of a decoder that are not named are kept.
-_DECODER = ("q", "k", "v", "attention", "o", "gate", "up")  # the output of `down` is needed by nothing in its own block
+# Of each product of a block, the share that the backward pass computes again under a remat policy (models.layers.REMAT_POLICIES).
+# A block's own output, and so the base product of `down`, is needed by nothing in the block. XLA's attention keeps no scores: under a
+# policy that keeps what attention gives, its first product alone is repeated. "a" and "b" are the adapters' two matrices.
+_BLOCK = ("q", "k", "v", "o", "gate", "up")
 _REPEATED: dict[str, tuple[str, ...]] = {
     "none": (),
-    "full": _DECODER,
-    "dots": ("attention",),
+    "dots": ("scores", "sums"),
+    "minimal": ("scores",),
+    "attention": ("scores", "o", "gate", "up", "b"),
+    "full": ("scores", "sums", *_BLOCK, "a", "b"),
 }
 
 
-def vision(config: VitConfig, *, passes: bool, learns: bool) -> dict[str, Count]:
+def _again(remat: str, impl: str) -> float:
+    """The share of attention's forward pass that is repeated. Splash keeps its output with what its backward pass needs, or neither."""
+    if impl.startswith("splash"):
+        return float("sums" in _REPEATED[remat])
+    return ("scores" in _REPEATED[remat]) / 2 + ("sums" in _REPEATED[remat]) / 2
+
+
+def _encoder(
+    c: VitConfig | BertConfig, blocks: int, real: float, padded: int, learns: bool, scaled: bool
+) -> tuple[Count, Count]:
+    """Matrices and attention of an encoder's blocks for one row; `scaled` where what a sub-layer gives is needed for a gradient."""
+    square, wide = c.width**2, c.width * c.mlp_dim
+    repeated = _REPEATED[c.remat] if learns else ()
+    again = 3 * square * ("q" in repeated)
+    if repeated and c.remat != "dots":
+        kept = c.remat == "minimal"  # the sum after attention, and the hidden layer
+        again += square * (scaled or not kept) + wide * (not kept) + wide * scaled
+    matrices = 4 * square + 2 * wide
+    products = linear(matrices, real, padded, passes=learns, learns=learns, again=again / matrices)
+    share = _again(c.remat, c.attention) if learns else 0.0
+    scores = attention(c.width, real, padded, causal=False, passes=learns, impl=c.attention, again=share)
+    return _times(products, blocks), _times(scores, blocks)
+
+
+def vision(config: VitConfig, learns: bool) -> dict[str, Count]:
     """The image tower up to the block whose features are used, for one image."""
-    c, tokens = config, config.tokens
-    again = float(config.remat == "full" and learns)
-    per_block = 4 * c.width**2 + 2 * c.width * c.mlp_dim
-    matrices = c.blocks_used * per_block
-    patches = c.patch_size**2 * 3 * c.width
-    return {
-        "vision": linear(matrices, tokens, tokens, passes=learns, learns=learns, again=again)
-        + linear(patches, c.patches, c.patches, passes=False, learns=learns),
-        "vision attention": _repeat(
-            attention(
-                c.width,
-                tokens,
-                tokens,
-                causal=False,
-                passes=learns,
-                impl=c.attention,
-                again=float(c.remat in ("full", "dots") and learns),
-            ),
-            c.blocks_used,
-        ),
-    }
-
-
-def text(config: BertConfig, lengths: Lengths, *, learns: bool) -> dict[str, Count]:
-    """The text tower for one text."""
     c = config
-    matrices = c.depth * (4 * c.width**2 + 2 * c.width * c.mlp_dim)
-    again = float(c.remat == "full" and learns)
-    return {
-        "text": linear(matrices, lengths.text, lengths.padded_text, passes=learns, learns=learns, again=again),
-        "text attention": _repeat(
-            attention(
-                c.width,
-                lengths.text,
-                lengths.padded_text,
-                causal=False,
-                passes=learns,
-                impl=c.attention,
-                again=float(c.remat in ("full", "dots") and learns),
-            ),
-            c.depth,
-        ),
-    }
+    blocks, scores = _encoder(c, c.blocks_used, c.tokens, c.tokens, learns, c.layer_scale)
+    embedding = linear(c.patch_size**2 * 3 * c.width, c.patches, c.patches, passes=False, learns=learns)
+    return {"vision": blocks + embedding, "vision attention": scores}
+
+
+def text(config: BertConfig, lengths: Lengths, learns: bool) -> dict[str, Count]:
+    """The text tower for one text. Its norms stand after the sums, which their gradients need."""
+    blocks, scores = _encoder(config, config.depth, lengths.text, lengths.padded_text, learns, scaled=True)
+    return {"text": blocks, "text attention": scores}
 
 
 def decoder_matrices(c: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -171,33 +163,23 @@ def decoder_matrices(c: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _decoder(config: LlavaConfig, trainable: Sequence[str], lengths: Lengths, passes: bool) -> dict[str, Count]:
-    c, extra = config.llm, config.image_tokens
-    real, padded = lengths.text + extra, lengths.padded_text + extra
-    repeated = _REPEATED[c.remat]
-    own = learns(trainable, "params/llm/layers/")
-    backward = passes or own or config.lora is not None
-    base, adapters = Count(), Count()
+def decoder(config: LlavaConfig, trainable: Sequence[str], lengths: Lengths, backward: bool) -> dict[str, Count]:
+    """The language model with its adapters and its head, for one row; `backward` is whether a gradient goes through it."""
+    c, rank = config.llm, config.lora.rank if config.lora else 0
+    real, padded = lengths.text + config.image_tokens, lengths.padded_text + config.image_tokens
+    own, tuned = (learns(trainable, f"{name}/llm/layers/") for name in ("params", "lora"))
+    repeated = _REPEATED[c.remat] if backward else ()
+    base = adapters = Count()
     for name, (inputs, outputs) in decoder_matrices(c).items():
         again = float(name in repeated)
         base += linear(inputs * outputs, real, padded, passes=backward, learns=own, again=again)
         if config.lora is not None and name in config.lora.targets:
-            rank, tuned = config.lora.rank, learns(trainable, "lora/llm/layers/")
-            first = float(c.remat == "full")
-            adapters += linear(inputs * rank, real, padded, passes=backward, learns=tuned, again=first)
-            adapters += linear(rank * outputs, real, padded, passes=backward, learns=tuned, again=again * first)
-    scores = attention(
-        c.heads * c.head_dim,
-        real,
-        padded,
-        causal=True,
-        passes=backward,
-        impl=c.attention,
-        again=float("attention" in repeated),
-    )
-    parts = {"llm": _repeat(base, c.depth), "llm attention": _repeat(scores, c.depth)}
-    if config.lora is not None:
-        parts["lora"] = _repeat(adapters, c.depth)
+            shares = float("a" in repeated), again * ("b" in repeated)
+            for weights, share in zip((inputs * rank, rank * outputs), shares, strict=True):
+                adapters += linear(weights, real, padded, passes=backward, learns=tuned, again=share)
+    share = _again(c.remat, c.attention) if backward else 0.0
+    channels = c.heads * c.head_dim
+    scores = attention(channels, real, padded, causal=True, passes=backward, impl=c.attention, again=share)
     head = linear(
         c.width * c.vocab_size,
         lengths.targets,
@@ -205,17 +187,20 @@ def _decoder(config: LlavaConfig, trainable: Sequence[str], lengths: Lengths, pa
         passes=backward,
         learns=learns(trainable, "params/llm/head/"),
     )
-    return {**parts, "head": head}
+    parts = {"llm": _times(base, c.depth), "llm attention": _times(scores, c.depth), "head": head}
+    return parts | ({"lora": _times(adapters, c.depth)} if config.lora else {})
 
 
-def _repeat(count: Count, times: int) -> Count:
+def _times(count: Count, times: int) -> Count:
     return Count(*(times * value for value in dataclasses.astuple(count)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- objectives
 
 
-def training(model: LlavaConfig | ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int) -> dict[str, Count]:
+def training(
+    model: LlavaConfig | ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int
+) -> dict[str, Count]:
     """FLOPs of one row of a train step, by part of the model.
 
     Args:
@@ -226,62 +211,54 @@ def training(model: LlavaConfig | ClipConfig, trainable: Sequence[str], lengths:
     """
     if isinstance(model, ClipConfig):
         return _contrastive(model, trainable, lengths, batch)
-    parts: dict[str, Count] = {}
-    upstream = False
-    if model.vision is not None:
-        seen, patches = learns(trainable, "params/vision/blocks/"), model.vision.patches
-        parts |= vision(model.vision, passes=seen, learns=seen)
-        tuned = learns(trainable, "params/projector/")
-        width = model.llm.width
-        parts["projector"] = linear(model.vision.width * width, patches, patches, passes=seen, learns=tuned) + linear(
-            width * width, patches, patches, passes=seen or tuned, learns=tuned
-        )
-        upstream = seen or tuned
-    return parts | _decoder(model, trainable, lengths, upstream)
+    seen, tuned = learns(trainable, "params/vision/blocks/"), learns(trainable, "params/projector/")
+    learned = any(learns(trainable, f"{name}/llm/{part}/") for name, part in (("params", "layers"), ("lora", "layers")))
+    images = _images(model, seen, tuned) if model.vision else {}
+    return images | decoder(model, trainable, lengths, backward=seen or tuned or learned)
+
+
+def _images(model: LlavaConfig, seen: bool, tuned: bool) -> dict[str, Count]:
+    """Tower and projector; whether each learns."""
+    assert model.vision is not None
+    patches, width = model.vision.patches, model.llm.width
+    first = linear(model.vision.width * width, patches, patches, passes=seen, learns=tuned)
+    second = linear(width * width, patches, patches, passes=seen or tuned, learns=tuned)
+    return {**vision(model.vision, seen), "projector": first + second}
 
 
 def _contrastive(model: ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int) -> dict[str, Count]:
     seen, read = learns(trainable, "params/vision/blocks/"), learns(trainable, "params/text/layers/")
-    parts = vision(model.vision, passes=seen, learns=seen) | text(model.text, lengths, learns=read)
-    hidden = (model.text.width + model.embed_dim) // 2
-    heads = linear(
-        model.vision.width * model.embed_dim, 1, 1, passes=seen, learns=learns(trainable, "params/vision_head/")
+    width = model.embed_dim
+    hidden = (model.text.width + width) // 2
+    image_head = linear(model.vision.width * width, 1, 1, passes=seen, learns=learns(trainable, "params/vision_head/"))
+    text_head = linear(
+        hidden * (model.text.width + width), 1, 1, passes=read, learns=learns(trainable, "params/text_head/fc1/")
     )
-    heads += linear(
-        hidden * (model.text.width + model.embed_dim), 1, 1, passes=read, learns=learns(trainable, "params/text_head/")
-    )
-    return {**parts, "heads": heads, "pairs": linear(batch * model.embed_dim, 1, 1, passes=True, learns=True)}
+    return {
+        **vision(model.vision, seen),
+        **text(model.text, lengths, read),
+        "heads": image_head + text_head,
+        "pairs": linear(batch * width, 1, 1, passes=True, learns=True),
+    }
 
 
 def writing(model: LlavaConfig, lengths: Lengths, new_tokens: int) -> dict[str, Count]:
-    """FLOPs of one row of generation: "prefill" of the prompt and "decode" of `new_tokens` more; nothing is trained.
+    """FLOPs of one row of generation: "prefill" of the prompt, and "decode" of `new_tokens` more one by one; nothing is trained.
 
     A decoding step attends to the whole cache, which holds the padded prompt and all tokens that may come.
     """
-    frozen = dataclasses.replace(lengths, targets=1, padded_targets=1)
-    inference = dataclasses.replace(model, llm=dataclasses.replace(model.llm, remat="none"))
-    first = {name: part for name, part in training(inference, (), frozen, 1).items()}
+    prompt = dataclasses.replace(lengths, targets=1, padded_targets=1)
+    first = total((_images(model, False, False) if model.vision else {}) | decoder(model, (), prompt, backward=False))
     c, extra = model.llm, model.image_tokens
-    per_token = c.depth * sum(inputs * outputs for inputs, outputs in decoder_matrices(c).values())
+    matrices = decoder_matrices(c)
+    weights = sum(inputs * outputs for inputs, outputs in matrices.values())
     if model.lora is not None:
-        widths = (sum(decoder_matrices(c)[name]) for name in model.lora.targets)
-        per_token += c.depth * model.lora.rank * sum(widths)
-    per_token += c.width * c.vocab_size
-    channels, seen = c.heads * c.head_dim * c.depth, lengths.text + extra + new_tokens / 2
-    cache = lengths.padded_text + extra + new_tokens
-    decode = new_tokens * (2 * per_token + 4 * channels * seen)
-    executed = new_tokens * (2 * per_token + 4 * channels * cache)
-    prefill = _forward_only(first)
-    return {"prefill": prefill, "decode": Count(decode, decode, decode, executed)}
-
-
-def _forward_only(parts: Mapping[str, Count]) -> Count:
-    found = total(parts)
-    return Count(found.forward, found.forward, found.forward, found.executed)
-
-
-def parameters(tree: Any) -> int:
-    """Elements of all arrays in a tree."""
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+        weights += model.lora.rank * sum(sum(matrices[name]) for name in model.lora.targets)
+    products = 2 * (c.depth * weights + c.width * c.vocab_size)
+    channels = 4 * c.depth * c.heads * c.head_dim
+    decode = new_tokens * (products + channels * (lengths.text + extra + new_tokens / 2))
+    executed = new_tokens * (products + channels * (lengths.padded_text + extra + new_tokens))
+    return {
+        "prefill": Count(first.forward, first.forward, first.forward, first.executed),
+        "decode": Count(decode, decode, decode, executed),
+    }

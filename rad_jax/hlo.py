@@ -156,7 +156,8 @@ class Module:
 def parse(text: str) -> Module:
     """Reads a module's text; metadata with line breaks in it (Pallas kernels) stays with its instruction."""
     computations: dict[str, Computation] = {}
-    entry, lines, current = "", [], None
+    entry, current = "", None
+    lines: list[str] = []
     instructions: dict[str, Instruction] = {}
 
     def close() -> None:
@@ -228,8 +229,7 @@ def branches(conditional: Instruction) -> list[str]:
 def product_flops(home: Computation, product: Instruction) -> float:
     """Of a `dot`, or of a `convolution` counting only what is not padding."""
     (_, out), (_, left), (_, right) = (
-        arrays(shape)[0]
-        for shape in (product.shape, *(home.instructions[name].shape for name in product.operands[:2]))
+        arrays(shape)[0] for shape in (product.shape, *(home.instructions[name].shape for name in product.operands[:2]))
     )
     if product.opcode == "dot":
         contracted = product.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""

@@ -13,11 +13,13 @@ of reading was 13 to 26 % too long; nothing calibrates it on other generations.
 import dataclasses
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rad_jax import hlo
+import numpy as np
+
+from rad_jax import flops, hlo
 from rad_jax.chips import Chip
 
 HOP = 1e-6  # seconds for a message to pass one chip
@@ -42,7 +44,7 @@ class Reading:
         matmul, other, kernels: operations with matrix products, without, and Pallas kernels.
         exposed: waiting for collectives. transfers: collectives, hidden ones too.
         flops: of matrix products and kernels.
-        collectives: (kind, mesh axes) -> [bytes, seconds, number].
+        collectives: (kind, mesh axes, "bytes", "seconds" or "number") -> how much or many.
         unknown: names of Pallas kernels that no time is known for.
     """
 
@@ -53,7 +55,7 @@ class Reading:
     exposed: float = 0.0
     transfers: float = 0.0
     flops: float = 0.0
-    collectives: Counter[tuple[str, str, str]] = dataclasses.field(default_factory=Counter)
+    collectives: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     unknown: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -66,7 +68,7 @@ class Reading:
         for name in ("seconds", "matmul", "other", "kernels", "exposed", "transfers", "flops"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for key, value in other.collectives.items():
-            self.collectives[key] += times * value  # type: ignore[assignment]
+            self.collectives[key] += times * value
         self.unknown |= other.unknown
 
 
@@ -90,15 +92,10 @@ class Network:
     def devices(self) -> int:
         return math.prod(self.axes.values())
 
-    def spanned(self, group: Sequence[int]) -> str:
+    def spanned(self, group: Iterable[int]) -> str:
         """The mesh axes along which the members of a group differ: "fsdp", or "data+fsdp"."""
-        names, rest = [], [set() for _ in self.axes]  # type: ignore[var-annotated]
-        for member in group:
-            for i, extent in reversed(list(enumerate(self.axes.values()))):
-                rest[i].add(member % extent)
-                member //= extent
-        names = [name for name, values in zip(self.axes, rest, strict=True) if len(values) > 1]
-        return "+".join(names) or "none"
+        where = np.unravel_index(list(group), tuple(self.axes.values()))
+        return "+".join(name for name, values in zip(self.axes, where, strict=True) if len(set(values)) > 1) or "none"
 
     def seconds(self, kind: str, size: float, groups: Sequence[Sequence[int]]) -> float:
         """Of one collective over arrays of `size` bytes: the gathered, the reduced or the sent one, of one chip."""
@@ -151,19 +148,26 @@ class Network:
 def read(text: str, network: Network) -> Reading:
     """The whole program, once."""
     module = hlo.parse(text)
-    return _Reader(module, network).run(module.entry, {})[0]
+    return _Reader(module, network).run(module.entry, _Links())[0]
 
 
 @dataclasses.dataclass
-class _Transfers:
-    """Collectives under way: when each will have arrived, in seconds from the start of the piece; they share the links in turn."""
+class _Links:
+    """Collectives under way.
 
-    arrival: dict[str, float]
+    Attributes:
+        free: when the links have done what was asked of them: they serve one asynchronous collective after another.
+        arrival: when each of these will have arrived, in seconds from the start of the piece of schedule.
+        carried: of collectives that fusions carry on, the seconds still to go; only their own fusions bring them on.
+    """
+
     free: float = 0.0
+    arrival: dict[str, float] = dataclasses.field(default_factory=dict)
+    carried: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def start(self, key: str, now: float, seconds: float) -> None:
-        self.free = max(now, self.free) + seconds
-        self.arrival[key] = self.free
+    def shifted(self, seconds: float) -> "_Links":
+        """The same, with times counted from `seconds` earlier."""
+        return _Links(self.free + seconds, {k: t + seconds for k, t in self.arrival.items()}, dict(self.carried))
 
 
 class _Reader:
@@ -171,105 +175,107 @@ class _Reader:
         self._module, self._network = module, network
         self._chip = network.chip
 
-    def run(self, name: str, under_way: dict[str, float]) -> tuple[Reading, dict[str, float]]:
-        """A computation, entered while transfers are under way; also what is under way at its end: seconds until each arrives."""
-        reading = Reading()
-        transfers = _Transfers(dict(under_way), max(under_way.values(), default=0.0))
+    def run(self, name: str, links: _Links) -> tuple[Reading, _Links]:
+        """A computation, entered with collectives under way; also what is under way at its end, with times from there."""
+        reading, links = Reading(), links.shifted(0.0)
         home = self._module.computations[name]
         for instruction in home:
             if instruction.opcode == "while":
-                self._loop(instruction, reading, transfers)
+                links = self._loop(instruction, reading, links)
             elif instruction.opcode in ("call", "conditional"):
-                self._branch(instruction, reading, transfers)
+                links = self._branch(instruction, reading, links)
             elif instruction.collective:
-                self._collective(home, instruction, reading, transfers)
+                self._collective(home, instruction, reading, links)
             elif instruction.opcode in ("fusion", "async-start") and instruction.called:
-                self._fusion(instruction, reading, transfers)
+                self._fusion(instruction, reading, links)
             elif instruction.opcode == "custom-call":
-                self._kernel(home, instruction, reading)
+                self._kernel(instruction, reading)
             else:
-                flops = hlo.product_flops(home, instruction) if instruction.opcode in ("dot", "convolution") else 0.0
-                self._compute(instruction.cycles, flops, reading)
-        left = {key: arrives - reading.seconds for key, arrives in transfers.arrival.items()}
-        return reading, {key: max(0.0, seconds) for key, seconds in left.items()}
+                product = instruction.opcode in ("dot", "convolution")
+                self._compute(instruction.cycles, hlo.product_flops(home, instruction) if product else 0.0, reading)
+        return reading, links.shifted(-reading.seconds)
 
-    def _compute(self, cycles: int, flops: float, reading: Reading) -> None:
+    def _compute(self, cycles: int, products: float, reading: Reading) -> None:
         seconds = cycles / self._chip.clock
-        if flops:
+        if products:
             reading.matmul += seconds
         else:
             reading.other += seconds
-        reading.flops += flops
+        reading.flops += products
         reading.seconds += seconds
 
-    def _loop(self, loop: hlo.Instruction, reading: Reading, transfers: _Transfers) -> None:
-        """The first turn finds the transfers of what came before, the others those of the turn before them."""
+    def _loop(self, loop: hlo.Instruction, reading: Reading, links: _Links) -> _Links:
+        """The first turn finds under way what came before it, the others what the turn before them left."""
         body, turns = loop.attribute(r"body=%?([\w.-]+)") or "", self._module.trips(loop)
-        first, left = self.run(body, _relative(transfers, reading.seconds))
+        first, left = self.run(body, links.shifted(-reading.seconds))
         reading.add(first)
         if turns > 1:
             again, left = self.run(body, left)
             reading.add(again, turns - 1)
-        _resume(transfers, left, reading.seconds)
+        return left.shifted(reading.seconds)
 
-    def _branch(self, instruction: hlo.Instruction, reading: Reading, transfers: _Transfers) -> None:
+    def _branch(self, instruction: hlo.Instruction, reading: Reading, links: _Links) -> _Links:
         """A call, or of several branches the longest."""
         names = hlo.branches(instruction) if instruction.opcode == "conditional" else [instruction.called or ""]
-        found = [self.run(name, _relative(transfers, reading.seconds)) for name in names]
+        found = [self.run(name, links.shifted(-reading.seconds)) for name in names]
         longest, left = max(found, key=lambda pair: pair[0].seconds)
         reading.add(longest)
-        _resume(transfers, left, reading.seconds)
+        return left.shifted(reading.seconds)
 
-    def _collective(
-        self, home: hlo.Computation, instruction: hlo.Instruction, reading: Reading, transfers: _Transfers
-    ) -> None:
-        if instruction.opcode.endswith("-done"):
-            self._wait(instruction.operands[0], reading, transfers)
-            return
-        seconds = self._count(home, instruction, reading)
-        transfers.start(instruction.name, reading.seconds, seconds)
+    def _collective(self, home: hlo.Computation, instruction: hlo.Instruction, reading: Reading, links: _Links) -> None:
+        if not instruction.opcode.endswith("-done"):
+            seconds = self._count(home, instruction, reading)
+            links.free = max(reading.seconds, links.free) + seconds
+            links.arrival[instruction.name] = links.free
         if not instruction.opcode.endswith("-start"):
-            self._wait(instruction.name, reading, transfers)
+            name = instruction.operands[0] if instruction.opcode.endswith("-done") else instruction.name
+            self._wait(links.arrival.pop(name, 0.0) - reading.seconds, reading)
 
-    def _count(self, home: hlo.Computation, instruction: hlo.Instruction, reading: Reading) -> float:
-        """Enters a collective's bytes and time into the reading; returns its seconds."""
-        kind = instruction.collective or ""
-        given = sum(hlo.size(home.instructions[name].shape) for name in instruction.operands if name in home.instructions)
+    def _count(
+        self, home: hlo.Computation, instruction: hlo.Instruction, reading: Reading, scatters: bool = False
+    ) -> float:
+        """Enters a collective's bytes and time into the reading; returns its seconds. An all-reduce that `scatters` is half of one."""
+        kind = "reduce-scatter" if scatters else instruction.collective or ""
+        given = sum(hlo.size(home.instructions[name].shape) for name in instruction.operands)
         size = hlo.size(instruction.shape)
         if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
             size -= given  # the type of a start holds the operands beside the results
         size = size if kind in ("all-gather", "all-to-all") else given
         groups = hlo.groups(instruction, self._network.devices)
         seconds = self._network.seconds(kind, size, groups)
-        axes = self._network.spanned([m for g in groups for m in g] if kind == "collective-permute" else groups[0])
+        axes = self._network.spanned(
+            {m for group in groups for m in group} if kind == "collective-permute" else groups[0]
+        )
         for what, value in (("bytes", size), ("seconds", seconds), ("number", 1)):
-            reading.collectives[kind, axes, what] += value  # type: ignore[assignment]
+            reading.collectives[kind, axes, what] += value
         reading.transfers += seconds
         return seconds
 
-    def _wait(self, key: str, reading: Reading, transfers: _Transfers) -> None:
-        waited = max(0.0, transfers.arrival.pop(key, 0.0) - reading.seconds)
-        reading.exposed += waited
-        reading.seconds += waited
+    def _wait(self, seconds: float, reading: Reading) -> None:
+        reading.exposed += max(0.0, seconds)
+        reading.seconds += max(0.0, seconds)
 
-    def _fusion(self, fusion: hlo.Instruction, reading: Reading, transfers: _Transfers) -> None:
+    def _fusion(self, fusion: hlo.Instruction, reading: Reading, links: _Links) -> None:
         """A fusion; the compiler puts collectives into some, which carry them on beside their own work."""
         called = fusion.called or ""
-        flops = self._module.fusion_flops(called)
+        products = self._module.fusion_flops(called)
         found = self._inner_collective(called)
         if found is None:
-            self._compute(fusion.cycles, flops, reading)
+            self._compute(fusion.cycles, products, reading)
             return
         home, collective = found
         key = collective.attribute(r'chain_id="(\d+)"') or collective.name
-        targets = " ".join(i.attributes for i in self._module.inside(called) if i.opcode == "custom-call")
+        targets = {i.attribute(r'custom_call_target="(\w+)"') for i in self._module.inside(called)}
         starts, ends = "AsyncCollectiveStart" in targets, "AsyncCollectiveDone" in targets
-        alone = not starts and not ends and key not in transfers.arrival
+        alone = not starts and not ends and key not in links.carried
         if starts or alone:
-            transfers.start(key, reading.seconds, self._count(home, collective, reading))
-        self._compute(fusion.cycles, flops, reading)
+            scatters = "all-reduce-scatter" in called
+            links.carried[key] = self._count(home, collective, reading, scatters)
+        if not alone:
+            links.carried[key] = links.carried.get(key, 0.0) - fusion.cycles / self._chip.clock
+        self._compute(fusion.cycles, products, reading)
         if ends or alone:
-            self._wait(key, reading, transfers)
+            self._wait(links.carried.pop(key), reading)
 
     def _inner_collective(self, name: str) -> tuple[hlo.Computation, hlo.Instruction] | None:
         home = self._module.computations[name]
@@ -282,35 +288,32 @@ class _Reader:
                     return found
         return None
 
-    def _kernel(self, home: hlo.Computation, call: hlo.Instruction, reading: Reading) -> None:
-        """A Pallas kernel of splash attention; [B, N, S, H] arrays, with the sequence as `attend` has padded it."""
+    def _kernel(self, call: hlo.Instruction, reading: Reading) -> None:
+        """A Pallas kernel of splash attention."""
         if call.attribute(r'custom_call_target="([^"]+)"') != "tpu_custom_call":
             return
         kernel = re.match(r"splash_mha_(fwd|dq|dkv)", call.name)
-        shares = KERNEL_SHARE.get(self._chip.generation)
-        if kernel is None or shares is None:
+        if kernel is None:
             reading.unknown.add(re.sub(r"[.\d]+$", "", call.name))
             return
-        flops = kernel_flops(kernel[1], home, call)
-        # The systolic array is 128 wide, both ways: narrower heads leave a part of it idle.
-        seconds = flops / (self._chip.peak * shares[kernel[1]])
+        products, width = kernel_flops(kernel[1], call)
+        # The multipliers stand 128 wide: narrower heads leave a part of them idle.
+        share = KERNEL_SHARE[self._chip.generation][kernel[1]] * min(1.0, width / 128)
+        seconds = products / (self._chip.peak * share)
         reading.kernels += seconds
         reading.seconds += seconds
-        reading.flops += flops
+        reading.flops += products
 
 
-def kernel_flops(kernel: str, home: hlo.Computation, call: hlo.Instruction) -> float:
-    """Products in the blocks that one of splash attention's kernels computes."""
-    raise NotImplementedError
+def kernel_flops(kernel: str, call: hlo.Instruction) -> tuple[float, int]:
+    """FLOPs in the blocks that one of splash attention's kernels computes, and H.
 
-
-def _relative(transfers: _Transfers, now: float) -> dict[str, float]:
-    return {key: max(0.0, arrives - now) for key, arrives in transfers.arrival.items()}
-
-
-def _resume(transfers: _Transfers, left: dict[str, float], now: float) -> None:
-    transfers.arrival = {key: now + seconds for key, seconds in left.items()}
-    transfers.free = max(transfers.arrival.values(), default=now)
+    Its first result of three or more dimensions is [..., N, S, H] with S padded to whole blocks. Encoders attend to everything.
+    """
+    dims = max((dims for _, dims in hlo.arrays(call.shape) if len(dims) > 2), key=math.prod)
+    causal = not re.search(r"/(vision|text)/", call.attribute(r'op_name="([^"]*)"') or "")
+    pairs = flops.splash_pairs(dims[-2], causal)
+    return 2.0 * KERNEL_PRODUCTS[kernel] * math.prod(dims[:-2]) * pairs * dims[-1], dims[-1]
 
 
 def network_of(program: Any) -> Network:

@@ -145,33 +145,31 @@ def initial(
     return start(trainable, optimizer, config.seed, mesh), frozen
 
 
-def abstract(
-    config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, Tree]:
+def abstract(config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Tree]:
     """What `initial` gives, as shapes, dtypes and places: no weight is read or drawn."""
     boxed = jax.eval_shape(task.init, jax.random.key(0))
-    shapes, places = nn.unbox(boxed), sharding.variable_shardings(boxed, mesh)
-    (trains, stays), (_, kept) = split(shapes, config.trainable), split(places, config.trainable)
-    where = split(places, config.trainable)[0]
+    places = flatten_dict(sharding.variable_shardings(boxed, mesh), sep="/")
+    trains, stays = (flatten_dict(tree, sep="/") for tree in split(nn.unbox(boxed), config.trainable))
 
-    def leaf(dtype: Any) -> Callable[[Any, Any], jax.ShapeDtypeStruct]:
-        return lambda shape, place: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=place)
+    def arrays(leaves: Tree, dtype: Callable[[str, Any], Any]) -> Tree:
+        made = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places[path])
+            for path, leaf in leaves.items()
+        }
+        return unflatten_dict(made, sep="/")
 
-    trainable = jax.tree.map(leaf(jnp.float32), trains, where)
-    frozen = jax.tree.map(leaf(jnp.dtype(config.frozen_dtype)), stays, kept)
+    trainable = arrays(trains, lambda path, leaf: jnp.float32)
+    frozen = arrays(stays, lambda path, leaf: quantise.stored_dtype(path, leaf, config.frozen_dtype))
     whole = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     moments = jax.tree.map(
-        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         jax.eval_shape(optimizer.init, trainable),
         _moment_shardings(trainable, optimizer, mesh),
     )
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        rng=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        trainable=trainable,
-        opt_state=moments,
-    ), frozen
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    return TrainState(step=step, rng=rng, trainable=trainable, opt_state=moments), frozen
 
 
 def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
