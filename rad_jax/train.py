@@ -47,6 +47,12 @@ def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int
     return step
 
 
+def jitted_step(config: Any, task: Any, optimizer: optax.GradientTransformation, state: TrainState) -> Any:
+    """The train step for a state that lies, or will lie (abstract arrays), where the step is to leave it; the old state's memory is reused."""
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(make_step(task, optimizer, config.num_micro), out_shardings=(where, None), donate_argnums=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -78,8 +84,7 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         if jax.process_index() == 0:
             print(table(state.trainable, frozen))
             print(f"resumed at step {first}" if first else "starting at step 0", f"on {dict(mesh.shape)}", flush=True)
-        where = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(make_step(task, optimizer, config.num_micro), out_shardings=(where, None), donate_argnums=0)
+        step = jitted_step(config, task, optimizer, state)
         progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
         meter = Meter(task.model.config.image_tokens)
         with nn.logical_axis_rules(sharding.RULES):
@@ -140,18 +145,49 @@ def initial(
     return start(trainable, optimizer, config.seed, mesh), frozen
 
 
+def abstract(config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Tree]:
+    """What `initial` gives, as shapes, dtypes and places: no weight is read or drawn."""
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    places = flatten_dict(sharding.variable_shardings(boxed, mesh), sep="/")
+    trains, stays = (flatten_dict(tree, sep="/") for tree in split(nn.unbox(boxed), config.trainable))
+
+    def arrays(leaves: Tree, dtype: Callable[[str, Any], Any]) -> Tree:
+        made = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places[path])
+            for path, leaf in leaves.items()
+        }
+        return unflatten_dict(made, sep="/")
+
+    trainable = arrays(trains, lambda path, leaf: jnp.float32)
+    frozen = arrays(stays, lambda path, leaf: quantise.stored_dtype(path, leaf, config.frozen_dtype))
+    whole = sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    moments = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(optimizer.init, trainable),
+        _moment_shardings(trainable, optimizer, mesh),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    return TrainState(step=step, rng=rng, trainable=trainable, opt_state=moments), frozen
+
+
 def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """State at step 0 for weights that are already placed; moments live where their weights do."""
-    whole = sharding.replicated(mesh)
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    moments = optax.tree.map_params(
-        optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
-    )
+    whole, moments = sharding.replicated(mesh), _moment_shardings(trainable, optimizer, mesh)
     return TrainState(
         step=jax.device_put(np.zeros((), np.int32), whole),
         rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole),
         trainable=trainable,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
+    )
+
+
+def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Places for the optimizer's state: a moment lives where its weight does, the rest is everywhere."""
+    shapes, whole = jax.eval_shape(optimizer.init, trainable), sharding.replicated(mesh)
+    return optax.tree.map_params(
+        optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
     )
 
 
