@@ -108,7 +108,7 @@ def make_task(config: Any) -> "Generative | Contrastive":
         if not isinstance(shape, LlavaConfig):
             raise UserError("config.frozen_dtype is int8 but the task has no language model: give bfloat16 or float32.")
         shape = dataclasses.replace(shape, llm=dataclasses.replace(shape.llm, int8=True))
-    return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape))
+    return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape), config.dropout_bits)
 
 
 def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative | Contrastive, Tree]":
@@ -148,9 +148,13 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
 
 @dataclasses.dataclass(frozen=True)
 class Generative:
-    """Next-token prediction on the labelled positions; with images, or on text alone."""
+    """Next-token prediction on the labelled positions; with images, or on text alone.
+
+    `dropout_bits` names JAX's generator of the dropout masks: "threefry2x32" gives the same on every mesh, "rbg" is the hardware's on TPUs.
+    """
 
     model: Llava
+    dropout_bits: str = "threefry2x32"
 
     def init(self, rng: Array) -> Any:
         """Fresh variables, boxed with their logical axis names."""
@@ -187,6 +191,8 @@ class Generative:
         images, vision = None, self.model.config.vision
         if vision is not None and "image" in batch:
             images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
+        if self.dropout_bits == "rbg":
+            rng = jax.random.wrap_key_data(jax.random.bits(rng, (4,)), impl="rbg")
         return self.model.apply(
             variables, batch["tokens"], batch["length"], images, batch["target_positions"], rngs={"dropout": rng}
         )

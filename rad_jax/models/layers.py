@@ -52,6 +52,15 @@ def fan_in_uniform(axes: int) -> Init:
     return init
 
 
+def dropped(x: Array, rate: float, key: Array) -> Array:
+    """Dropout (Srivastava et al. 2014): entries become 0 with probability `rate`, to 1/65536, and the others grow so that the mean stays.
+
+    16 random bits per entry, for the masks of adapters are most of what there is to draw.
+    """
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 def scanned(block: Any, depth: int, remat: str, unroll: int) -> Any:
     """`block` repeated `depth` times over stacked parameters: one compiled body however deep the model.
 
@@ -120,7 +129,7 @@ class Dense(nn.Module):
         a = self.variable("lora", "a", created, fan_in_uniform(self.in_axes), (*inputs, spec.rank), a_axes).value
         b = self.variable("lora", "b", created, nn.initializers.zeros, (spec.rank, *self.features), b_axes).value
         if spec.dropout and self.has_rng("dropout"):
-            x = nn.Dropout(spec.dropout, deterministic=False)(x)
+            x = dropped(x, spec.dropout, self.make_rng("dropout"))
         low = checkpoint_name(self._contract(x, a, a_axes, self.in_axes), "adapter")
         return self._contract(low, b, b_axes, 1) * spec.scale
 
