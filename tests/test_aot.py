@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import common
@@ -20,7 +19,7 @@ def experiment(stage, remat="none", depth=3, num_micro=1, **settings):
     llm = {"vocab_size": 512, "width": 128, "depth": depth, "heads": 4, "kv_heads": 2, "mlp_dim": 352, "remat": remat}
     lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
     model = {"vision": {**vision, "feature_layer": -2}, "llm": llm}
-    trainable = ("params/projector/.*",)
+    trainable: tuple[str, ...] = ("params/projector/.*",)
     if stage == 3:
         model["lora"], trainable = lora, (*trainable, "lora/.*")
     data = {"template": "v1", "text_length": 65, "target_length": 32}
@@ -127,7 +126,6 @@ def test_abstract_state_is_that_of_training(training, frozen_dtype):
     def described(leaf):
         return leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape)
 
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert jax.tree.map(described, found) == jax.tree.map(described, expected)
 
 
@@ -190,4 +188,5 @@ def test_without_the_tpu_compiler(monkeypatch):
 def test_other_errors_of_the_compiler_are_not_explained_away():
     error = RuntimeError("INTERNAL: something else")
     assert aot._explained(error) is error
-    assert np.isclose(aot._explained(RuntimeError("(17.58G) exceeds available HBM (15.75G)")).needed, 17.58 * 2**30)
+    memory = aot._explained(RuntimeError("temporaries (17.58G) exceeds available HBM (15.75G)"))
+    assert isinstance(memory, aot.DoesNotFit) and memory.needed == pytest.approx(17.58 * 2**30)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import stage1, stage2, stage3
 from rad_jax import flops, tasks
+from rad_jax.models.llava import LlavaConfig
 
 ROW = flops.Lengths(text=257, targets=200, padded_text=257, padded_targets=200)
 BASE, ADAPTERS, PATCHES = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 159_907_840, 1369  # LoRA: the released files'
@@ -44,6 +45,10 @@ def test_towers_that_learn_are_6_n():
     assert found["text"].needed == 6 * block * 100
     assert found["text"].executed == (6 + 2) * block * 256  # padding, and all of it once more for remat
     assert found["pairs"].needed == 6 * 512 * 1024
+    # GradCache: the towers once more, without gradient.
+    cached = flops.training(tasks.model_config(stage1.get_config()), (".*",), flops.Lengths(100, 0, 256, 0), 1024, 4)
+    assert cached["text"].executed == found["text"].executed + 2 * block * 256
+    assert cached["vision"].needed == found["vision"].needed
 
 
 def test_padding_is_computed_and_not_needed():
@@ -67,6 +72,7 @@ def test_splash_covers_blocks_on_and_below_the_diagonal(length):
 
 def test_generation_is_2_n_a_token():
     config = tasks.model_config(stage3.get_config())
+    assert isinstance(config, LlavaConfig)
     found = flops.writing(config, ROW, 100)
     per_token = 2 * (BASE + ADAPTERS + 4096 * 32000)
     assert found["decode"].forward == 100 * (per_token + 4 * 32 * 4096 * (TOKENS + 50))

@@ -23,9 +23,15 @@ def test_flops_of_a_product_are_those_of_xla():
 @pytest.mark.parametrize(("stride", "spread", "dilate"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
 def test_flops_of_a_convolution_are_those_of_xla(padding, stride, spread, dilate):
     def convolve(x, kernel):
-        layout, two = ("NHWC", "HWIO", "NHWC"), (1, 1)
-        steps = [tuple(n * one for one in two) for n in (stride, spread, dilate)]
-        return jax.lax.conv_general_dilated(x, kernel, steps[0], (padding,) * 2, *steps[1:], dimension_numbers=layout)
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            (padding, padding),
+            lhs_dilation=(spread, spread),
+            rhs_dilation=(dilate, dilate),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     program = compiled(convolve, (2, 13, 12, 8), (3, 3, 8, 16))
     found = hlo.parse(program.as_text()).flops
