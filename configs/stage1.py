@@ -48,8 +48,8 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
     """The experiment on a machine of configs/hardware.py."""
     # 512: head.proj.weight of the released tower.
     model = {"vision": VISION, "text": TEXT, "embed_dim": 512}
-    # Ours: 256 tokens. frontal_only is ours too: the paper's filter of views is not published.
-    data = {"template": "clip", "text_length": 256, "frontal_only": True}
+    # Ours: 256 tokens. The frontal films are ours too: the paper's filter of views is not published.
+    data = {"template": "clip", "text_length": 256, "selection": "frontal"}
     steps = PAIRS * EPOCHS // BATCH
     config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=BATCH)
     # Ours: open_clip's AdamW for vision transformers; the warmup is shorter than its 10,000 steps.

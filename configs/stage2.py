@@ -51,7 +51,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         # findings of up to 550 tokens are kept whole.
         "text_length": 552,
         "target_length": 550,
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": FEATURES, "llm": LLM}
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563

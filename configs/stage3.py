@@ -30,7 +30,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         # system's and the question's words, the indication, and findings of up to 552 tokens.
         "text_length": 680,
         "target_length": 552,
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": stage2.FEATURES, "llm": stage2.LLM, "lora": LORA}
     steps = -(-EPOCHS * stage2.FILMS // BATCH)  # 18,752

@@ -24,6 +24,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("data", None, "Packed corpus; with --split and --out.")
     flags.DEFINE_string("split", "test", "Which studies of the corpus.")
+    flags.DEFINE_string(
+        "selection", "all", "Which texts of which films: a selection of the corpus (its corpus.json lists them)."
+    )
     flags.DEFINE_string("out", None, "JSONL file to write.")
     flags.DEFINE_integer("limit", None, "Only the first so many studies.", lower_bound=1)
     flags.DEFINE_enum("pixels", "real", ["real", "noise", "shuffled"], "What the model is shown.")
@@ -58,7 +61,7 @@ def main(_: Sequence[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     with partial.open("w") as file:
-        for row in writer.corpus(Path(options.data), options.split, options.limit, options.pixels):
+        for row in writer.corpus(Path(options.data), options.split, options.selection, options.limit, options.pixels):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     partial.replace(out)
 
@@ -98,16 +101,18 @@ class Writer:
         }
         return self._write(batch)[0]
 
-    def corpus(self, data: Path, split: str, limit: int | None, pixels: str) -> Iterator[dict[str, str]]:
+    def corpus(
+        self, data: Path, split: str, selection: str, limit: int | None, pixels: str
+    ) -> Iterator[dict[str, str]]:
         """A row per study, in the corpus's order."""
         import numpy as np
         from tqdm import tqdm
 
-        from rad_jax import input_pipeline, prompts
+        from rad_jax import input_pipeline
 
         corpus = input_pipeline.Corpus.open(data)
-        source = corpus.source(split)
-        text_length, _ = input_pipeline.longest(corpus, split, "prompt")
+        source = corpus.source(split, selection)
+        text_length, _ = input_pipeline.longest(corpus, split, selection, "prompt")
         total = min(limit or len(source), len(source))
         devices = self._mesh.size
         batches = input_pipeline.eval_batches(
@@ -118,7 +123,7 @@ class Writer:
             text_length=text_length,
             target_length=0,
             image_size=self._image_size,
-            frontal_only=False,
+            selection=selection,
             limit=limit,
         )
         rng = np.random.default_rng(self._options.seed)
@@ -134,7 +139,7 @@ class Writer:
                     unusable += not usable
                     yield {
                         "id": record["id"],
-                        "query": prompts.question(record["indication"] or None),
+                        "query": record["question"],
                         "reference": record["findings"],
                         "prediction": text if usable else "",
                     }

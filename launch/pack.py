@@ -9,7 +9,14 @@ view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films
 
-Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
+A published corpus, laid out as its publisher does; the text at the top of data/NAME/builder.py says where it comes from and which files it
+needs. A folder that is not one is refused with the name of the file that is missing:
+
+  python -m launch.pack --dataset=openi --source=openi --out=out/openi
+  python -m launch.pack --dataset=mimic_cxr --source=mimic --tokenizer=tokenizer.model --out=out/mimic_cxr
+
+One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
+OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
 is trained on the training reports unless one is given. Running the same command again does nothing; a command that is
 interrupted leaves nothing half-written.
 """
@@ -20,10 +27,11 @@ from pathlib import Path
 
 from absl import flags
 
+from data.corpora import CORPORA
 from rad_jax import errors
 
-_DATASET = flags.DEFINE_enum("dataset", None, ["phantom", "folder"], "What to pack.", required=True)
-_SOURCE = flags.DEFINE_string("source", None, "Folder with images and a CSV, or the CSV itself (dataset folder).")
+_DATASET = flags.DEFINE_enum("dataset", None, list(CORPORA), "What to pack.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Folder that holds the corpus; for the data set folder, the CSV will do.")
 _OUT = flags.DEFINE_string("out", None, "Corpus folder to write.", required=True)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 518, "Short side of the stored images, in pixels.")
 _STUDIES = flags.DEFINE_integer("studies", 4600, "Phantom studies, about 87 % train, 4 % validation, 9 % test.")
@@ -58,6 +66,17 @@ def main(argv: Sequence[str]) -> None:
         f", skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped}), see {out / 'skipped.csv'}" if skipped else "")
     )
+    for name, count in summary["counts"].items():
+        print(f"  {name}: {count}")
+    for name, of_split in manifest["published"].items():
+        for split, found in of_split.items():
+            same = found["rows"] == found["published"]
+            told = (
+                "as published"
+                if same
+                else f"warning: {found['published']} are published, so this is not the whole corpus"
+            )
+            print(f"  {name}, {split}: {found['rows']} rows, {told}")
 
 
 if __name__ == "__main__":

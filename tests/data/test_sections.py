@@ -61,7 +61,7 @@ def test_names_of_headers(header, name):
 
 
 # fix -> text, then section -> (official, corrected)
-DEFECTS = {
+DEFECTS: dict[str, tuple[str, dict[str, tuple[str | None, str | None]]]] = {
     "typo": (
         "\n NDICATION:  Cough.\n FINDINGS:  Clear.\n",
         {"impression": ("Cough.", None), "indication": (None, "Cough.")},
