@@ -14,6 +14,14 @@ CORPORA = {
     "mimic_cxr": "data.mimic_cxr.builder:MimicCxr",
     "mimic_cxr_reports": "data.mimic_cxr.builder:MimicCxrReports",
     "mimic_cxr_reports_corrected": "data.mimic_cxr.builder:MimicCxrReportsCorrected",
+    "chexpert": "data.chexpert.builder:CheXpert",
+    "chexpert_plus": "data.chexpert.builder:CheXpertPlus",
+    "padchest": "data.padchest.builder:PadChest",
+    "brax": "data.brax.builder:Brax",
+    "candid_ptx": "data.candid_ptx.builder:CandidPtx",
+    "vindr_cxr": "data.vindr_cxr.builder:VinDrCxr",
+    "object_cxr": "data.object_cxr.builder:ObjectCxr",
+    "chestxray14": "data.chestxray14.builder:ChestXray14",
 }
 
 

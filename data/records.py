@@ -81,6 +81,11 @@ def text(
     }
 
 
+def boxed(finding: str, box: Sequence[float], side: str | None = None) -> dict[str, Any]:
+    """An annotation of a published box [x0, y0, x1, y1]."""
+    return {"finding": finding, "side": side, "size": None, "place": None, "box": list(box)}
+
+
 def record(
     *,
     image: bytes,

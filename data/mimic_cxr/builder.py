@@ -19,29 +19,25 @@ training, validation and test sets with the published numbers, 400,042 / 3,238 /
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data import records
-from data.labels import CHEXPERT, NOT_STATED
+from data import records, tables
+from data.labels import CHEXPERT, NOT_STATED, chexpert_vector
 from data.mimic_cxr import annotations as llava_rad
 from data.reports import sections
 from data.selections import COMMON, Selection
 from rad_jax.errors import UserError
 
-FILES = "files"
+FILES, TABLE = "files", "mimic-cxr-2.0.0-{}.csv"
 _SPLITS = {"train": "train", "validate": "validation", "test": "test"}
-Row = dict[str, str]
 
 
 class MimicCxr(records.SourceBuilder):
     """MIMIC-CXR-JPG with the texts of the LLaVA-Rad annotations. PhysioNet credentialed access; not to be passed on."""
 
     name = "mimic_cxr"
-    selections = COMMON | llava_rad.LOADERS
+    selections: ClassVar = {**COMMON, **llava_rad.LOADERS}
     published = llava_rad.PUBLISHED
 
     @classmethod
@@ -71,17 +67,13 @@ class MimicCxrReports(records.SourceBuilder):
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:
-        return [_table(source, name) for name in ("split", "metadata")]
+        return [tables.find(source, TABLE.format(name)) for name in ("split", "metadata")]
 
     def jobs(self) -> dict[str, list[records.Film]]:
         folder = _needed(self.source / FILES)
-        split_of, metadata = (
-            _read(path, columns)
-            for path, columns in zip(
-                self.defining(self.source), (("dicom_id", "split"), ("dicom_id", "ViewPosition")), strict=True
-            )
-        )
-        views = {row["dicom_id"]: row["ViewPosition"] for row in metadata}
+        split_table, view_table = self.defining(self.source)
+        split_of = tables.read(split_table, "dicom_id", "study_id", "subject_id", "split")
+        views = {row["dicom_id"]: row["ViewPosition"] for row in tables.read(view_table, "dicom_id", "ViewPosition")}
         labels = self._labels()
         texts: dict[str, list[dict[str, str | None]]] = {}
         of_split: dict[str, list[records.Film]] = {split: [] for split in records.SPLITS}
@@ -133,11 +125,10 @@ class MimicCxrReports(records.SourceBuilder):
     def _labels(self) -> dict[str, list[int]]:
         """Study -> CheXpert's labels, where the table is there."""
         try:
-            path = _table(self.source, "chexpert")
+            path = tables.find(self.source, TABLE.format("chexpert"))
         except UserError:
             return {}
-        rows = _read(path, ("study_id", *CHEXPERT))
-        return {row["study_id"]: [int(float(row[c])) if row[c] else NOT_STATED for c in CHEXPERT] for row in rows}
+        return {row["study_id"]: chexpert_vector(row) for row in tables.read(path, "study_id", *CHEXPERT)}
 
 
 class MimicCxrReportsCorrected(MimicCxrReports):
@@ -152,27 +143,6 @@ def _needed(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: not there: --source is the folder of MIMIC-CXR-JPG with what --dataset adds to it.")
     return path
-
-
-def _table(source: Path, name: str) -> Path:
-    """A table of MIMIC-CXR-JPG, packed or not."""
-    packed = source / f"mimic-cxr-2.0.0-{name}.csv.gz"
-    plain = packed.with_suffix("")
-    return plain if plain.is_file() else _needed(packed)
-
-
-def _read(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """Raises UserError when the file cannot be read or lacks a column."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, or no table: download it again.") from error
-    reader = csv.DictReader(io.StringIO(text))
-    missing = sorted(set(columns) - set(reader.fieldnames or ()))
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}: is it another table?")
-    return list(reader)
 
 
 def _kept(films: list[records.Film], selection: Selection) -> int:

@@ -209,7 +209,7 @@ def test_a_wrong_folder_or_file_is_refused(miniature, tmp_path):
 
     train = miniature / annotations.FILES["train"]
     whole = train.read_text()
-    refused(r"mimic-cxr-2\.0\.0-split\.csv\.gz: not there", "mimic_cxr_reports")
+    refused(r"mimic-cxr-2\.0\.0-split\.csv: not there", "mimic_cxr_reports")
     train.write_text(whole[:-40])
     refused("not a JSON file, or one that ends early")
     train.write_text('{"a": 1}')
