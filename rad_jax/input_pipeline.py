@@ -27,6 +27,7 @@ Batch = dict[str, np.ndarray]
 # What is made of a record; "prompt" is v1 up to where the answer begins, for generation; "text" is plain and v1 by turns, with the
 # impression in place of the image, for pretraining.
 TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
+CROPS = ("centre", "random")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
 _PADDING = -1
@@ -95,8 +96,8 @@ class Corpus:
         records = self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         return Source(records, rows, self.meta["selections"][selection]["question"], f"{split} split of {self.path}")
 
-    def training_set(self, split: str, selection: str) -> dict[str, Any]:
-        """What a run remembers of its data: where the rows come from, how many, and a fingerprint of all of it.
+    def identity(self, split: str, selection: str) -> dict[str, Any]:
+        """What a run and its texts remember of their data: where the rows come from, how many, and a fingerprint of all of it.
 
         The fingerprint is the number of rows, and SHA-256 over the shards' and the index's own.
         """
@@ -218,6 +219,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    crop: str = "centre",
 ) -> grain.DatasetIterator:
     """An endless stream of shuffled batches, every row of the selection once per epoch, a new order each epoch.
 
@@ -238,6 +240,8 @@ def train_iterator(
         process_index: of this process.
         process_count: number of processes.
         num_threads: that prepare batches beside the training step; each works on a batch of its own.
+        crop: one of CROPS: the square in the middle, or `images.random_crop` of the stored film, which depends on the seed, the epoch and
+            the record alone.
 
     Returns:
         An iterator over batches, B = batch_size / process_count rows each:
@@ -251,10 +255,18 @@ def train_iterator(
         UserError: no such split or selection, no rows, or sizes that do not fit.
     """
     _check_batch(batch_size, process_count)
+    if crop not in CROPS:
+        raise UserError(f"config.data.crop={crop!r} is unknown, there are {', '.join(CROPS)}")
     rows = _Rows(corpus.source(split, selection), corpus, template, text_length, target_length, image_size)
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+
+    def row(place: int, number: int) -> dict[str, Any]:
+        if crop == "centre":
+            return rows(number)
+        return rows(number, np.random.default_rng([seed, place // len(rows), int(number)]))
+
     elastic = grain.experimental.ElasticIterator(
-        order.map(rows),
+        order.map_with_index(row),
         batch_size,
         grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
         read_options=_read_options(num_threads),
@@ -273,6 +285,7 @@ def eval_batches(
     image_size: int,
     selection: str,
     limit: int | None = None,
+    order: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -280,15 +293,22 @@ def eval_batches(
     """The rows of a selection once, in order, in batches of full size; all processes get the same number of batches.
 
     Rows that fill up the last batch have weight 0 and index -1. Arguments and batches are those of `train_iterator`;
-    `limit` takes only the first rows.
+    `limit` takes only the first rows, `order` those row numbers one after another instead of the selection's.
     """
     _check_batch(batch_size, process_count)
     rows = _Rows(corpus.source(split, selection), corpus, template, text_length, target_length, image_size)
-    numbers = np.arange(len(rows))[:limit]
+    numbers = np.arange(len(rows))[:limit] if order is None else order
     padded = np.concatenate([numbers, np.full(-len(numbers) % batch_size, _PADDING)])
     dataset = grain.MapDataset.source(padded)[process_index::process_count]
     batches = dataset.map(rows).batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
+
+
+def prompt_lengths(corpus: Corpus, split: str, selection: str, numbers: np.ndarray) -> np.ndarray:
+    """Tokens of the prompts of these rows, int64 [n]; reads each once."""
+    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
+    prompts_of = (render(tokenizer, "prompt", source[int(number)], int(number), 2**31) for number in numbers)
+    return np.array([len(prompt.ids) for prompt in prompts_of], int)
 
 
 def longest(corpus: Corpus, split: str, selection: str, template: str) -> tuple[int, int]:
@@ -349,14 +369,15 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """With `rng`, a random crop of the film."""
         try:
             record = self._source[int(number)] if number >= 0 else _EMPTY
         except UserError:  # damaged: a row of no weight, which is counted
             record = _EMPTY
         row = self._text_row(record, int(number))
         if self._template != "text":
-            row["image"], decoded = self._image(record["image"])
+            row["image"], decoded = self._image(record["image"], rng)
             row["weight"] *= np.float32(decoded)
         if "target_weights" in row:
             row["target_weights"] *= row["weight"]
@@ -393,10 +414,13 @@ class _Rows:
         row["weight"] = np.float32(usable)
         return row
 
-    def _image(self, data: bytes) -> tuple[np.ndarray, bool]:
+    def _image(self, data: bytes, rng: np.random.Generator | None) -> tuple[np.ndarray, bool]:
         """The square uint8 [Y, X], black where the stored image cannot be decoded, and whether it could."""
         try:
-            return images.centre_crop(images.decode_png(data), self._image_size), True
+            film = images.decode_png(data)
+            if rng is not None:
+                return images.random_crop(film, self._image_size, rng), True
+            return images.centre_crop(film, self._image_size), True
         except (UserError, ValueError):  # damaged, or smaller than the corpus says
             return np.zeros((self._image_size, self._image_size), np.uint8), False
 
