@@ -31,7 +31,7 @@ from PIL import features as pillow_features
 import rad_jax
 from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder
-from data.selections import write_indices
+from data.selections import duplicates, write_indices
 from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
 
@@ -116,12 +116,12 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
     arguments.check()
     out = out.expanduser().absolute()
     if out.exists():
-        found = _existing(out, arguments.identity())
+        found = existing(out, arguments.identity())
         if found:
             return found, False
     if arguments.tokenizer:
         prompts.load_tokenizer(arguments.tokenizer)  # before the long work, not after it
-    with _staging(out) as folder:
+    with staging(out) as folder:
         builder = arguments.builder(folder, workers, progress)
         _build(builder, folder)
         manifest = _manifest(arguments, builder, folder, _tokenizer(arguments, builder, folder))
@@ -131,7 +131,7 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
     return manifest, True
 
 
-def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the finished corpus in `out` if it has these arguments; None if `out` is an empty folder."""
     path = out / MANIFEST
     if not path.is_file():
@@ -152,7 +152,7 @@ def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staging(out: Path) -> Iterator[Path]:
     """A folder beside `out` to build in, removed at the end; what a killed pack left there is removed first.
 
     A file lock, which the system drops with the process, tells a running pack from a killed one.
@@ -242,6 +242,8 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
             "written": written,
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
             "counts": dict(builder.counts),
+            "duplicate_images": duplicates(folder, SPLITS),
+            "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),
         },
         "fingerprint": _fingerprint(Path(builder.data_dir)),
         "arguments": arguments.identity(),

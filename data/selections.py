@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def write_indices(
 ) -> dict[str, Any]:
     """Writes FOLDER/index/SELECTION-SPLIT.npy for all selections and splits, and reads every record once for it.
 
-    Where the texts were made by more than one method, SELECTION.METHOD holds the rows of each method too.
+    Where the texts were made by more than one method, SELECTION.METHOD holds the rows of each method too. FOLDER/index/images-SPLIT.npy
+    has 8 bytes of SHA-256 of every stored image, uint64 [records], by which equal images are found in this corpus and in others.
 
     Args:
         builder: a built TFDS builder.
@@ -64,8 +65,10 @@ def write_indices(
     methods: Counter[str] = Counter()
     for split, count in counts.items():
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}) if count else ()
+        images = np.zeros(count, np.uint64)
         for number in range(count):
             record = source[number]
+            images[number] = int.from_bytes(hashlib.sha256(record["image"]).digest()[:8])
             record |= {"view": record["view"].decode()}
             for slot, text in enumerate(json.loads(record["texts"])):
                 methods[text["method"]] += 1
@@ -73,15 +76,37 @@ def write_indices(
                     if selection.keep(record, text):
                         for key in (name, f"{name}.{text['method']}"):
                             rows.setdefault((key, split), []).append((number, slot))
+        np.save(folder / INDEX / f"images-{split}.npy", images)
     written: dict[str, Any] = {}
     for name, selection in selections.items():
         for key in (name, *(f"{name}.{method}" for method in sorted(methods) if len(methods) > 1)):
-            of_split = {split: _write(folder, key, split, rows.get((key, split), [])) for split in counts}
+            of_split = {
+                split: write_index(folder, key, split, np.asarray(rows.get((key, split), []))) for split in counts
+            }
             written[key] = {"question": selection.question, "splits": of_split}
     return written
 
 
-def _write(folder: Path, name: str, split: str, rows: list[tuple[int, int]]) -> dict[str, Any]:
+def read_images(folder: Path, split: str) -> np.ndarray:
+    """What `write_indices` keeps of a split's images, uint64 [records]."""
+    return np.load(folder / INDEX / f"images-{split}.npy")
+
+
+def duplicates(folder: Path, splits: Sequence[str]) -> dict[str, int]:
+    """Records whose image is that of an earlier one: in the same split, and in another."""
+    seen: set[int] = set()
+    within = across = 0
+    for split in splits:
+        images = read_images(folder, split).tolist()
+        within += len(images) - len(set(images))
+        across += sum(image in seen for image in set(images))
+        seen |= set(images)
+    return {"in the same split": within, "in two splits": across}
+
+
+def write_index(folder: Path, name: str, split: str, rows: np.ndarray) -> dict[str, Any]:
+    """Writes one index, int32 [n, 2]; returns the number of its rows and the file's SHA-256."""
     path = folder / INDEX / f"{name}-{split}.npy"
-    np.save(path, np.asarray(rows, np.int32).reshape(-1, 2))
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, rows.astype(np.int32).reshape(-1, 2))
     return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

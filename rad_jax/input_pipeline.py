@@ -67,7 +67,10 @@ class Corpus:
         if "selections" not in meta:
             raise UserError(f"{file}: has no selections, pack the corpus again")
         corpus = cls(path, meta)
-        corpus._check_shards()
+        if "members" in meta:
+            corpus._check_members()
+        else:
+            corpus._check_shards()
         return corpus
 
     @property
@@ -84,13 +87,16 @@ class Corpus:
         """The tokenizer saved with the corpus."""
         return prompts.load_tokenizer(self.path / self.meta["tokenizer"])
 
-    def source(self, split: str, selection: str = "all") -> "Source":
+    def source(self, split: str, selection: str = "all") -> "Source | Mixture":
         """Random access to the rows of a selection of a split.
 
         Raises:
             UserError: no such split or selection, no row in it, or an index that is damaged.
         """
-        rows = self._rows(split, selection)
+        rows = self.rows(split, selection)
+        if "members" in self.meta:
+            chosen = {int(n): self.meta["members"][n]["selection"] for n in np.unique(rows[:, 0])}
+            return Mixture({n: self._members[n].source(split, name) for n, name in chosen.items()}, rows)
         import tensorflow_datasets as tfds
 
         records = self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -101,7 +107,7 @@ class Corpus:
 
         The fingerprint is the number of rows, and SHA-256 over the shards' and the index's own.
         """
-        rows = len(self._rows(split, selection))
+        rows = len(self.rows(split, selection))
         index = self.meta["selections"][selection]["splits"][split]["sha256"]
         digest = hashlib.sha256(f"{self.meta['fingerprint']} {index}".encode()).hexdigest()
         return {
@@ -112,8 +118,8 @@ class Corpus:
             "fingerprint": f"{rows}-{digest}",
         }
 
-    def _rows(self, split: str, selection: str) -> np.ndarray:
-        """Record and text numbers of a selection, int32 [n, 2]."""
+    def rows(self, split: str, selection: str) -> np.ndarray:
+        """Record and text numbers of a selection, int32 [n, 2]; of a mixture, numbers of members and of their rows."""
         self._check_split(split)
         known = self.meta["selections"]
         if selection not in known:
@@ -140,6 +146,16 @@ class Corpus:
             raise UserError(f"{self.path}: no split {split!r}, there are {', '.join(self.splits)}")
         if not self.splits[split]:
             raise UserError(f"{self.path}: split {split!r} has no records")
+
+    @functools.cached_property
+    def _members(self) -> list["Corpus"]:
+        return [Corpus.open(self.path / member["path"]) for member in self.meta["members"]]
+
+    def _check_members(self) -> None:
+        """Opens the corpora of a mixture, and refuses one that was packed anew since."""
+        for corpus, member in zip(self._members, self.meta["members"], strict=True):
+            if corpus.meta["fingerprint"] != member["fingerprint"]:
+                raise UserError(f"{corpus.path}: is not the corpus that {self.path} was mixed from, mix it again")
 
     def _check_shards(self) -> None:
         """Compares every shard with its recorded length; the dataset itself would notice only when reading a record."""
@@ -194,6 +210,20 @@ class Source:
         row |= {name: text[name] or "" for name in ("findings", "impression", "indication", "method")}
         row["question"] = _question(self._question, row["view"], text)
         return row
+
+
+class Mixture:
+    """Random access to the rows of several sources by (source, row of it), int [n, 2]."""
+
+    def __init__(self, sources: Mapping[int, "Source | Mixture"], rows: np.ndarray):
+        self._sources, self._rows = sources, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        source, row = map(int, self._rows[number])
+        return self._sources[source][row]
 
 
 def _question(kind: str, view: str, text: Mapping[str, Any]) -> str:
@@ -345,7 +375,13 @@ class _Rows:
     """Turns a row number into a row: the fields of a batch without the axis B."""
 
     def __init__(
-        self, source: Source, corpus: Corpus, template: str, text_length: int, target_length: int, image_size: int
+        self,
+        source: Source | Mixture,
+        corpus: Corpus,
+        template: str,
+        text_length: int,
+        target_length: int,
+        image_size: int,
     ):
         if template not in TEMPLATES:
             raise ValueError(f"unknown template {template!r}, there are {', '.join(TEMPLATES)}")

@@ -46,7 +46,11 @@ def test_what_a_corpus_holds(corpus):
     assert json.loads((out / "corpus.json").read_text()) == manifest
     assert manifest["format_version"] == 1 and manifest["builder_dir"] == "phantom/1.0.0"
     assert manifest["splits"] == {"train": 17, "validation": 1, "test": 2}
-    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}, "counts": {}}
+    size = manifest["summary"].pop("bytes")
+    assert size == sum(path.stat().st_size for path in (out / manifest["builder_dir"]).iterdir())
+    equal = {"in the same split": 0, "in two splits": 0}
+    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}, "counts": {}, "duplicate_images": equal}
+    manifest["summary"]["bytes"] = size
     assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
     tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])
     assert tokenizer.vocab_size <= 512
