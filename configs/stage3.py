@@ -34,7 +34,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         # (truncated_rows); --config.data.text_length=680 --config.data.target_length=552 keep it.
         "text_length": 424,
         "target_length": 360,
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": stage2.FEATURES, "llm": stage2.LLM, "lora": LORA}
     steps = -(-EPOCHS * stage2.FILMS // BATCH)  # 18,752

@@ -139,7 +139,7 @@ def open_workdir(
         "format_version": FORMAT_VERSION,
         "rad_jax": __version__,
         "config": config,
-        "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
+        "corpus": dict(corpus),
         "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
         "bases": [
             {"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases
