@@ -340,7 +340,6 @@ def test_command_prints_a_table(tmp_path: Path) -> None:
         (["{tmp}/p.jsonl"], "give a predictions file and a folder"),
         (["{tmp}/p.jsonl", "--out={tmp}/out", "--baselines"], "--baselines needs --data"),
         (["{tmp}/p.jsonl", "--out={tmp}/out", "--data={tmp}"], "no packed corpus here"),
-        (["{tmp}/p.jsonl", "--out={tmp}/out", "--require=bleu_4,green"], "--require: green was not computed"),
         (["{tmp}/p.jsonl", "--out={tmp}/p.jsonl"], "p.jsonl: "),
     ],
 )
