@@ -35,7 +35,7 @@ _EVERY = tuple(f"{a}_{n}{p}" for p in ("", "_plus") for n in label_metrics.SETS 
 @dataclass(frozen=True)
 class Profile:
     """bleu: (order, convention) pairs. rouge: the names wanted and how ("plain", "stemmer", "coco-clean"). labels: averages, without the
-    labeler's name. rules: whether the weight-free labeler is scored too. absent: metrics of the original that need weights.
+    labeler's name. rules, panels: whether the weight-free labeler is scored too, and `panels`. absent: metrics of the original that need weights.
 
     unit: "patient" resamples patients where they are known. median: print the median of the bootstrap, as LLaVA-Rad does, instead of the
     score itself (BLEU excepted).
@@ -46,6 +46,7 @@ class Profile:
     rouge_kind: Literal["plain", "stemmer", "coco-clean"] = "plain"
     labels: tuple[str, ...] = ()
     rules: bool = False
+    panels: bool = False
     absent: tuple[str, ...] = ()
     unit: Literal["patient", "report"] = "patient"
     draws: int = 2000
@@ -60,6 +61,7 @@ PROFILES = {
         rouge=("rouge_1", "rouge_2", "rouge_l"),
         labels=_EVERY,
         rules=True,
+        panels=True,
         absent=(*_RADGRAPH, "bertscore", "semb_score", "radcliq_v0", "radcliq_v1", "green", "chexprompt"),
     ),
     # LLaVA-Rad's own script with its bootstrap on.

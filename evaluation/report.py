@@ -2,6 +2,7 @@
 
 Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
+subgroups[{column, group, system, reports, name, value, ci, ...}],
 comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
 The metrics of the first file come first, so the first entry of a name is its score.
 """
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 
 import rad_jax
-from evaluation import findings, profiles, rouge, rule_labeler, scoring, statistics
+from evaluation import findings, panels, profiles, rouge, rule_labeler, scoring, statistics
 from evaluation.metric import Metric
 from evaluation.predictions import Predictions, malformed_sentence
 from rad_jax.errors import UserError
 
 SCHEMA_VERSION = 1
+LEAST_IN_GROUP = 20
 Parser = Callable[[str], Sequence[findings.Finding]]
 Json = dict[str, Any]
 
@@ -50,6 +52,7 @@ class Options:
     """What to compute. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
     baselines: name -> {id: report}, scored like the predictions. reference_labels: id -> codes [14] of the references.
+    groups: id -> {column: value}, for subgroups.
     """
 
     profiles: Sequence[str] = ("native",)
@@ -63,6 +66,7 @@ class Options:
     draws: int | None = None
     trials: int = statistics.TRIALS
     access: str = "unstated"
+    groups: dict[str, dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def evaluate(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Json
             rows = scoring.entries(metrics, part.setting, profile.median)
             result["metrics"] += [{"profile": part.profile, "system": name} | row for row in rows]
     result["metrics"].sort(key=lambda row: [s["name"] for s in result["systems"]].index(row["system"]))
+    result["subgroups"] = subgroups(scored, ids, options)
     result["comparisons"] = compare(scored, options.trials)
     return result, per_report(scored, ids)
 
@@ -107,8 +112,12 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tool": f"rad_jax {rad_jax.__version__}",
         "inputs": [_input(item, ids, references, options) for item in inputs],
-        "systems": [{"name": name, "kind": "baseline" if name in options.baselines else "predictions"} for name in texts],
+        "systems": [
+            {"name": name, "kind": "baseline" if name in options.baselines else "predictions"} | panels.distinctness(said)
+            for name, said in texts.items()
+        ],
         "metrics": [],
+        "subgroups": [],
         "comparisons": [],
         "warnings": [],
     }  # fmt: skip
@@ -129,6 +138,42 @@ def per_report(scored: Sequence[Scored], ids: Sequence[str]) -> list[Json]:
             for i, report_id in enumerate(ids):
                 own = {metric: scoring.number(values[i]) for metric, values in each.items()}
                 out.append({"id": report_id, "system": name, "profile": part.profile, "scores": own})
+    return out
+
+
+def subgroups(scored: Sequence[Scored], ids: Sequence[str], options: Options) -> list[Json]:
+    """The first profile's metrics over the reports of every group that has at least `LEAST_IN_GROUP` of them.
+
+    A report without a reference counts in no score of the text, here as elsewhere.
+    """
+    if options.groups is None:
+        return []
+    part, out = scored[0], []
+    values = [options.groups.get(i, {}) for i in ids]
+    for column in dict.fromkeys(name for row in values for name in row):
+        for value in sorted({row.get(column, "") for row in values} - {""}):
+            inside = np.array([row.get(column) == value for row in values])
+            if inside.sum() < LEAST_IN_GROUP:
+                continue
+            clusters = [cluster for cluster, kept in zip(part.setting.clusters, inside, strict=True) if kept]
+            setting = scoring.Setting(clusters, *list(vars(part.setting).values())[1:])
+            for name, metrics in part.systems.items():
+                own = [
+                    Metric(
+                        **{
+                            **vars(m),
+                            "rows": m.rows[inside],
+                            "n": int(m.rows[inside].any(axis=1).sum()),
+                            "per_finding": {},
+                        }
+                    )
+                    for m in metrics
+                ]
+                rows = scoring.entries(own, setting)
+                out += [
+                    {"column": column, "group": value, "system": name, "reports": int(inside.sum())} | row
+                    for row in rows
+                ]
     return out
 
 
@@ -181,7 +226,10 @@ class _Work:
                 metrics = [_with_rouge_median(m, draws, profile.seed) for m in metrics]
             if rules is not None and kept:
                 how = f"labeler:rules-v{rule_labeler.VERSION}"
-                metrics += profiles.label_scores(profile, rules, rule_labeler.label_all(said), "rules", how)
+                coded = rule_labeler.label_all(said)
+                metrics += profiles.label_scores(profile, rules, coded, "rules", how)
+                if profile.panels:
+                    metrics += panels.metrics(said, [self.references[i] for i in kept], coded, rules)
             if system in self.labelled:
                 true, given = (table[kept] for table in self.labelled[system])
                 by = self.options.labels_by

@@ -64,6 +64,7 @@ _DENIED_BEFORE, _DENIED_AFTER = _any(lexicon.DENIED_BEFORE), _any(lexicon.DENIED
 _DOUBTED_BEFORE, _DOUBTED_AFTER = _any(lexicon.DOUBTED_BEFORE), _any(lexicon.DOUBTED_AFTER)
 _NORMAL, _ENLARGED, _STABLE = _any(lexicon.NORMAL), _any(lexicon.ENLARGED), _any(lexicon.STABLE)
 _UPPER_LIMIT = re.compile(lexicon.UPPER_LIMIT)
+_JOINT = re.compile(r",| and | with ")
 _SLASH_BEFORE, _SLASH_AFTER = re.compile(r"[a-z]/$"), re.compile(r"/[a-z]")
 
 
@@ -80,14 +81,39 @@ def _mentions(habits: bool) -> list[tuple[str, str, re.Pattern[str]]]:
 @functools.lru_cache(maxsize=100_000)
 def _sentence_codes(sentence: str, habits: bool) -> tuple[tuple[str, int], ...]:
     """(class, code) of every mention in a sentence. Cached: reports repeat each other's sentences."""
+    return tuple(
+        (name, code) for clause in _BREAK.split(sentence) for name, code, _, _ in _clause_mentions(clause, habits)
+    )
+
+
+def _clause_mentions(clause: str, habits: bool) -> list[tuple[str, int, int, int]]:
+    """(class, code, start, end) of every mention in a clause."""
+    out = []
+    for kind, name, pattern in _mentions(habits):
+        searched = _EXCLUDED[name].sub(lambda m: " " * len(m[0]), clause) if name in _EXCLUDED else clause
+        for found in pattern.finditer(searched):
+            before, after = clause[: found.start()], clause[found.end() :]
+            out.append((name, _code(kind, name, found[0], before, after, habits), found.start(), found.end()))
+    return out
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sentence_positives(sentence: str) -> tuple[tuple[str, str, str], ...]:
     out = []
     for clause in _BREAK.split(sentence):
-        for kind, name, pattern in _mentions(habits):
-            searched = _EXCLUDED[name].sub(lambda m: " " * len(m[0]), clause) if name in _EXCLUDED else clause
-            for found in pattern.finditer(searched):
-                before, after = clause[: found.start()], clause[found.end() :]
-                out.append((name, _code(kind, name, found[0], before, after, habits)))
+        named = [found for found in _clause_mentions(clause, habits=False) if found[0] != _OTHER]
+        for name, code, start, end in named:
+            if code == POSITIVE:
+                before = max((other[3] for other in named if other[3] <= start), default=0)
+                after = min((other[2] for other in named if other[2] >= end), default=len(clause))
+                own = clause[before:start]
+                out.append((name, _JOINT.split(own)[-1] if before else own, clause[end:after]))
     return tuple(out)
+
+
+def positive_mentions(text: str) -> list[tuple[str, str, str]]:
+    """(class, words before, words after) of every positive mention of a class: what stands between it and its neighbours in the clause."""
+    return [found for sentence in sentences(text) for found in _sentence_positives(sentence)]
 
 
 def _code(kind: str, name: str, mention: str, before: str, after: str, habits: bool) -> int:

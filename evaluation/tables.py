@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from evaluation import panels
+
 Json = dict[str, Any]
 
 # What a summary shows, in this order, of what there is: metric -> head.
@@ -38,6 +40,32 @@ def summary(result: Json, profile: str) -> list[list[str]]:
     for system in result["systems"]:
         rows.append([system["name"], *(with_interval(cells.get((system["name"], name))) for name in used)])
     return rows
+
+
+def panel(result: Json) -> list[list[str]]:
+    """Head row and one row per rate of `evaluation.panels`, systems in columns; empty when none was computed."""
+    names = [system["name"] for system in result["systems"]]
+    cells = {(row["name"], row["system"]): row for row in result["metrics"]}
+    rows = [["rate", *names]]
+    for rate in panels.NAMES:
+        if any((rate, name) in cells for name in names):
+            rows.append([rate.replace("_", " "), *(with_interval(cells.get((rate, name))) for name in names)])
+    if len(rows) > 1:
+        for key in ("distinct_share", "most_frequent_share"):
+            rows.append([key.replace("_", " "), *(digits(system[key], 3) for system in result["systems"])])
+    return rows if len(rows) > 1 else []
+
+
+def subgroups(result: Json) -> list[list[str]]:
+    """Head row and one row per group and system: every headline number; empty when there are no groups."""
+    used = [name for name in HEADLINES if any(row["name"] == name for row in result["subgroups"])]
+    cells = {(r["column"], r["group"], r["system"], r["name"]): r for r in result["subgroups"]}
+    keys = dict.fromkeys((r["column"], r["group"], r["system"], r["reports"]) for r in result["subgroups"])
+    rows = [["group", "system", "reports", *(HEADLINES[name] for name in used)]]
+    for column, group, system, reports in keys:
+        scores = [with_interval(cells.get((column, group, system, name))) for name in used]
+        rows.append([f"{column}: {group}", system, str(reports), *scores])
+    return rows if len(rows) > 1 else []
 
 
 def per_finding(result: Json, system: str) -> list[list[str]]:
@@ -75,6 +103,10 @@ def markdown(result: Json) -> str:
     first = result["systems"][0]["name"]
     if table := per_finding(result, first):
         parts += ["## Findings", markdown_table(table)]
+    if table := panel(result):
+        parts += ["## Behind the averages", markdown_table(table)]
+    if table := subgroups(result):
+        parts += ["## Subgroups", markdown_table(table)]
     lines = [
         f"- {row['name']}: `{row['signature']}|n:{row['n']}`" for row in result["metrics"] if row["system"] == first
     ]

@@ -9,10 +9,12 @@ A file has one JSON object per line with id, query, reference and prediction, as
 the studies that all of them hold, each compared with the first, paired. --profile is one or more of native, llava-rad, radeval, rexrank,
 maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
 warnings; --labels gives label files (of CheXbert, say) for the references and for every predictions file in turn.
+--groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn. per_report.jsonl
 has every report's own score.
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +75,17 @@ def label_files(value: str | None, count: int) -> tuple[Path | None, list[Path]]
     return (paths[0], paths[1:]) if paths else (None, [])
 
 
+def read_groups(path: Path) -> dict[str, dict[str, str]]:
+    """id -> {column: value} of a CSV file with an id column. Raises UserError for a file that has none."""
+    if not path.is_file():
+        raise UserError(f"no groups at {path}: give a CSV file with id and one column per grouping")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if "id" not in (reader.fieldnames or ()):
+            raise UserError(f"{path}: no column 'id'")
+        return {row["id"]: {name: value or "" for name, value in row.items() if name != "id"} for row in reader}
+
+
 def profile_names(value: str) -> list[str]:
     """The profiles of --profile. Raises UserError for an unknown one."""
     names = value.split(",")
@@ -112,6 +125,7 @@ def main(argv: Sequence[str]) -> None:
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
         interval=options.interval,
         draws=options.draws,
+        groups=read_groups(Path(options.groups)) if options.groups else None,
         **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
     )
     result = evaluate(inputs, wanted, Path(options.out), options.require)
@@ -125,7 +139,13 @@ def print_result(result: Any) -> None:
         print(sentence)
     for profile in tables.profiles_of(result):
         print(f"\nprofile {profile}\n" + tables.markdown_table(tables.summary(result, profile)))
-    for table in (tables.comparisons(result), tables.per_finding(result, result["systems"][0]["name"])):
+    first = result["systems"][0]["name"]
+    for table in (
+        tables.comparisons(result),
+        tables.per_finding(result, first),
+        tables.panel(result),
+        tables.subgroups(result),
+    ):
         if table:
             print("\n" + tables.markdown_table(table))
 
@@ -140,6 +160,7 @@ def define_flags() -> None:
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)
 

@@ -132,7 +132,7 @@ def test_schema(tmp_path: Path) -> None:
     """The names and fields that readers of results.json rely on."""
     result = run_evaluate([write(tmp_path / "p.jsonl", PREDICTIONS)], tmp_path / "out")
     assert list(result) == [
-        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "comparisons", "warnings")
+        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "subgroups", "comparisons", "warnings")
     ]
     assert {"path", "sha256", "n", "unit", "access"} <= result["inputs"][0].keys()
     names = [metric["name"] for metric in result["metrics"]]
@@ -193,6 +193,27 @@ def test_files_that_disagree_on_a_reference_are_refused(tmp_path: Path) -> None:
         run_evaluate([one, two], tmp_path / "out")
     with pytest.raises(UserError, match="no study in common"):
         run_evaluate([one, write(tmp_path / "3.jsonl", {"x": "y"})], tmp_path / "out")
+
+
+def test_subgroups(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"s{i}", "query": "", "reference": "one two", "prediction": "one two" if i % 2 else "six"}
+        for i in range(45)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    views = ["id,view,sex", *(f"s{i},{'PA' if i % 2 else 'AP'},{'F' if i < 15 else ''}" for i in range(45))]
+    (tmp_path / "g.csv").write_text("\n".join(views) + "\n")
+    result = run_evaluate([tmp_path / "p.jsonl"], tmp_path / "out", groups=command.read_groups(tmp_path / "g.csv"))
+    found = {(r["column"], r["group"]): (r["value"], r["n"]) for r in result["subgroups"] if r["name"] == "rouge_l"}
+    assert found == {("view", "PA"): (1.0, 22), ("view", "AP"): (0.0, 23)}  # 15 women are too few
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "view: PA" in text and "Behind the averages" in text
+    for text, message in (("x\n", "no column 'id'"), (None, "no groups at")):
+        path = tmp_path / f"{len(message)}.csv"
+        if text:
+            path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            command.read_groups(path)
 
 
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
