@@ -35,6 +35,8 @@ SKIPPED = {
     "projector_step": "the same",
     "decode": "tower's last block, final norm and pooler; in each step the Python of generate() and of every module",
 }
+VISION = VitConfig(224, 14, width=192, depth=12, heads=3, mlp_dim=768, feature_layer=-2, unroll=11)
+LLM = LlamaConfig(2000, width=256, depth=4, heads=4, kv_heads=4, mlp_dim=688, unroll=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Problem:
     """Sizes of model and batches; `folder` holds the weights."""
 
     folder: Path
-    vision: VitConfig = VitConfig(224, 14, width=192, depth=12, heads=3, mlp_dim=768, feature_layer=-2, unroll=11)
-    llm: LlamaConfig = LlamaConfig(2000, width=256, depth=4, heads=4, kv_heads=4, mlp_dim=688, unroll=4)
+    vision: VitConfig = VISION
+    llm: LlamaConfig = LLM
     batch: int = 8
     before: int = 32  # text tokens ahead of the image
     after: int = 96  # behind it in training; all but the first are predicted
