@@ -43,16 +43,21 @@ MACHINES = {
 def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The experiment set up for a machine; the global batch stays what it is.
 
+    "v5e-256x4" is four slices of v5e-256: each holds a copy of what a slice holds, and only gradients cross between them (the
+    outermost part of `data`, see `rad_jax.sharding.make_mesh`).
+
     Raises:
         ValueError: no such machine, or one whose devices do not share the batch evenly.
     """
-    if machine not in MACHINES:
+    name, _, slices = machine.partition("x")
+    if name not in MACHINES or (slices and not slices.isdecimal()):
         raise ValueError(f"machine {machine!r} is unknown; choose {', '.join(MACHINES)}")
-    found = MACHINES[machine]
-    copies = found.data * found.fsdp
+    found = MACHINES[name]
+    data = found.data * int(slices or 1)
+    copies = data * found.fsdp
     if config.batch_size % copies:
         raise ValueError(f"a batch of {config.batch_size} rows cannot be shared by {copies} devices of {machine}")
-    config.mesh = {"data": found.data, "fsdp": found.fsdp, "tensor": found.tensor}
+    config.mesh = {"data": data, "fsdp": found.fsdp, "tensor": found.tensor}
     config.num_micro = max(1, config.batch_size // (copies * found.rows))
     for part in ("vision", "text", "llm"):
         if part in config.model:

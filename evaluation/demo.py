@@ -30,7 +30,7 @@ def summarise(out: Path, seconds: dict[str, float], install_seconds: float | Non
     results = {pixels: _read(out / f"evaluation_{pixels}/results.json") for pixels in ("real", "noise", "shuffled")}
     systems = results["real"]["systems"]
     retrieval, grounding = _read(out / "retrieval.json"), _read(out / "grounding/grounding.json")
-    verified = _read(out / "bundle/receipt.json")["verified"]
+    verified = _read(out / "bundle/receipt.json")["differences"]
     summary: dict[str, Any] = {"studies": results["real"]["rows"]["scored"]}
     if "findings" in systems["prediction"]:
         scores = systems["prediction"]["findings"]

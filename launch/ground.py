@@ -4,6 +4,8 @@
 
 Writes OUT/grounding.json and OUT/maps.npz (study id -> map). Layer and head are chosen on the validation split with the reference texts
 and then used unchanged. In a corpus without boxes the maps are of the longest word, averaged over heads of the last half of the layers.
+
+On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the files.
 """
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 
@@ -24,6 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.", required=True)
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
     flags.DEFINE_integer("batch_size", 32, "Texts at once.", lower_bound=1)
+    distributed.define_flags()
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def main(_: Sequence[str]) -> None:
     from rad_jax.input_pipeline import Corpus
 
     options = flags.FLAGS
+    distributed.join()
     corpus = Corpus.open(options.data)
     looker = Looker(Path(options.checkpoint), options.batch_size)
     rows = read_predictions(Path(options.predictions)).rows
@@ -74,11 +78,17 @@ def main(_: Sequence[str]) -> None:
             "validation_accuracy": float(scores.max()),
             **asdict(pointing),
         }
-        print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
+        if distributed.first():
+            if pointing.n:
+                print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
+            else:
+                print("pointing game: no text names a finding that its film has.")
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
         maps = looker.maps(targets)
         chosen = maps[:, maps.shape[1] // 2 :].mean((1, 2))
+    if not distributed.first():
+        return
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     first: dict[str, tuple[Target, Any]] = {}
@@ -121,8 +131,9 @@ class Looker:
         from rad_jax.checkpoint import load_run
 
         run = load_run(checkpoint)
-        task, self._variables = tasks.restore(run, sharding.make_mesh(jax.device_count(), 1, 1))
-        self._model, self._batch_size = task.model, batch_size
+        self._mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+        task, self._variables = tasks.restore(run, self._mesh)
+        self._model, self._batch_size = task.model, -(-batch_size // self._mesh.size) * self._mesh.size
         if run.config["task"] != "generative" or self._model.config.vision is None:
             raise UserError(f"{checkpoint} does not look at images while it writes: give a run of stage 2 or 3.")
         self.image_size = self._model.config.vision.image_size
@@ -137,7 +148,8 @@ class Looker:
         length = max(len(row["ids"]) for row in rows)
         queries = max(len(row["queries"]) for row in rows)
         maps = []
-        for start in tqdm(range(0, len(rows), self._batch_size), desc="attention", unit="batch", disable=None):
+        quiet = None if distributed.first() else True
+        for start in tqdm(range(0, len(rows), self._batch_size), desc="attention", unit="batch", disable=quiet):
             chosen = rows[start : start + self._batch_size]
             padded = chosen + chosen[:1] * (self._batch_size - len(chosen))
             seen = self._look(padded, length, queries)
@@ -146,8 +158,10 @@ class Looker:
         return np.stack(maps).reshape(len(maps), *maps[0].shape[:2], side, side)
 
     def _look(self, rows: Sequence[dict[str, Any]], length: int, queries: int) -> Any:
+        import jax
         import numpy as np
 
+        from rad_jax import sharding
         from rad_jax.grounding import attention_to_image
 
         def stacked(name: str, size: int) -> Any:
@@ -159,8 +173,12 @@ class Looker:
             "image": np.stack([row["image"] for row in rows]),
             "tokens": stacked("ids", length),
             "length": np.array([len(row["ids"]) for row in rows], np.int32),
+            "queries": stacked("queries", queries),
         }
-        return np.asarray(attention_to_image(self._model, self._variables, batch, stacked("queries", queries)))
+        with jax.set_mesh(self._mesh):
+            placed = sharding.place_whole(batch, self._mesh)
+            at = placed.pop("queries")
+            return sharding.gather(attention_to_image(self._model, self._variables, placed, at))
 
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import images, prompts

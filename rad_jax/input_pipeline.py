@@ -24,6 +24,7 @@ Batch = dict[str, np.ndarray]
 # What is made of a record; "prompt" is v1 up to where the answer begins, for generation; "text" is plain and v1 by turns, with the
 # impression in place of the image, for pretraining.
 TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
+CROPS = ("centre", "random")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
 _PADDING = -1
@@ -170,6 +171,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    crop: str = "centre",
 ) -> grain.DatasetIterator:
     """An endless stream of shuffled batches, every record once per epoch, a new order each epoch.
 
@@ -190,6 +192,8 @@ def train_iterator(
         process_index: of this process.
         process_count: number of processes.
         num_threads: that prepare batches beside the training step; each works on a batch of its own.
+        crop: one of CROPS: the square in the middle, or `images.random_crop` of the stored film, which depends on the seed, the epoch and
+            the record alone.
 
     Returns:
         An iterator over batches, B = batch_size / process_count rows each:
@@ -203,10 +207,19 @@ def train_iterator(
         UserError: no such split, no records, or sizes that do not fit; while iterating, a damaged shard.
     """
     _check_batch(batch_size, process_count)
+    if crop not in CROPS:
+        raise UserError(f"config.data.crop={crop!r} is unknown, there are {', '.join(CROPS)}")
     rows = _Rows(corpus, split, template, text_length, target_length, image_size)
-    order = grain.MapDataset.source(corpus.numbers(split, frontal_only)).seed(seed).shuffle().repeat()
+    numbers = corpus.numbers(split, frontal_only)
+    order = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
+
+    def row(place: int, number: int) -> dict[str, Any]:
+        if crop == "centre":
+            return rows(number)
+        return rows(number, np.random.default_rng([seed, place // len(numbers), int(number)]))
+
     elastic = grain.experimental.ElasticIterator(
-        order.map(rows),
+        order.map_with_index(row),
         batch_size,
         grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
         read_options=_read_options(num_threads),
@@ -225,6 +238,7 @@ def eval_batches(
     image_size: int,
     frontal_only: bool,
     limit: int | None = None,
+    order: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -232,15 +246,22 @@ def eval_batches(
     """The records of a split once, in order, in batches of full size; all processes get the same number of batches.
 
     Rows that fill up the last batch have weight 0 and index -1. Arguments and batches are those of `train_iterator`;
-    `limit` takes only the first records.
+    `limit` takes only the first records, `order` those record numbers one after another instead of the split's.
     """
     _check_batch(batch_size, process_count)
     rows = _Rows(corpus, split, template, text_length, target_length, image_size)
-    numbers = corpus.numbers(split, frontal_only)[:limit]
+    numbers = corpus.numbers(split, frontal_only)[:limit] if order is None else order
     padded = np.concatenate([numbers, np.full(-len(numbers) % batch_size, _PADDING)])
     dataset = grain.MapDataset.source(padded)[process_index::process_count]
     batches = dataset.map(rows).batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
+
+
+def prompt_lengths(corpus: Corpus, split: str, numbers: np.ndarray) -> np.ndarray:
+    """Tokens of the prompts of these records, int64 [n]; reads each once."""
+    source, tokenizer = corpus.source(split), corpus.tokenizer()
+    prompts_of = (render(tokenizer, "prompt", source[int(number)], int(number), 2**31) for number in numbers)
+    return np.array([len(prompt.ids) for prompt in prompts_of], int)
 
 
 def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:
@@ -298,11 +319,12 @@ class _Rows:
                 f"text_length={text_length} is too short, the empty {template} prompt has {shortest} tokens"
             )
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """With `rng`, a random crop of the film."""
         record = self._source[int(number)] if number >= 0 else _EMPTY
         row = self._text_row(record, int(number))
         if self._template != "text":
-            row["image"], decoded = self._image(record["image"])
+            row["image"], decoded = self._image(record["image"], rng)
             row["weight"] *= np.float32(decoded)
         if "target_weights" in row:
             row["target_weights"] *= row["weight"]
@@ -339,10 +361,13 @@ class _Rows:
         row["weight"] = np.float32(usable)
         return row
 
-    def _image(self, data: bytes) -> tuple[np.ndarray, bool]:
+    def _image(self, data: bytes, rng: np.random.Generator | None) -> tuple[np.ndarray, bool]:
         """The square uint8 [Y, X], black where the stored image cannot be decoded, and whether it could."""
         try:
-            return images.centre_crop(images.decode_png(data), self._image_size), True
+            film = images.decode_png(data)
+            if rng is not None:
+                return images.random_crop(film, self._image_size, rng), True
+            return images.centre_crop(film, self._image_size), True
         except (UserError, ValueError):  # damaged, or smaller than the corpus says
             return np.zeros((self._image_size, self._image_size), np.uint8), False
 

@@ -1,12 +1,13 @@
 """Where arrays live: the device mesh, the table from logical axis names to mesh axes, and placement of variables and batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rad_jax.errors import UserError
 
@@ -26,23 +27,40 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x fsdp x tensor devices; axes are `Auto`, as linen's logical constraints need.
 
+    Several TPU slices are the outermost part of `data`: only gradients cross the network between them, fsdp and tensor stay inside one.
+
+    Args:
+        data, fsdp, tensor: size of each axis.
+        devices: to use instead of those of this job; of a topology that is compiled for, say.
+
     Raises:
-        UserError: the product is not the number of devices.
+        UserError: the product is not the number of devices, or `data` is no multiple of the number of slices.
     """
+    devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, tensor)
-    found = jax.device_count()
-    if np.prod(shape) != found:
+    if np.prod(shape) != len(devices):
         raise UserError(
-            f"the mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {np.prod(shape)} devices but {found} "
-            f"{jax.default_backend()} devices are here: set --config.mesh.data/fsdp/tensor to their number."
+            f"the mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {np.prod(shape)} devices but {len(devices)} "
+            f"{devices[0].platform} devices are here: set --config.mesh.data/fsdp/tensor to their number."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(
+            f"the mesh has data={data} but these devices are {slices} slices: set --config.mesh.data to a multiple of {slices}."
+        )
+    inside = (data // slices, fsdp, tensor)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        outside = (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def variable_shardings(boxed: Any, mesh: Mesh) -> Any:
+def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings for a tree of (abstract) variables with logical axis names, in the tree of the unboxed variables.
 
     A dimension that its mesh axes do not divide stays whole (4 key heads on tensor=8, say).
@@ -71,13 +89,44 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of the batch this process reads, and of how many. Processes whose devices hold the same rows read the same part.
+
+    Raises:
+        UserError: two processes hold some rows in common and some not.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    if sum(map(len, parts)) != len(rows):
+        raise UserError(
+            f"tensor={mesh.shape['tensor']} cuts across processes in a way that lets no process read whole rows: "
+            "set --config.mesh.tensor to a divisor, or a multiple, of the devices of a process."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows [B / processes, ...] as part of the global batch [B, ...]."""
+    """This process's share of the rows, [B / shares, ...], as part of the global batch [B, ...]."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def _size(mesh: Mesh, axes: Any) -> int:
+def place_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch [B, ...] that every process has whole, spread over the mesh in its order."""
+    sharding = batch_sharding(mesh)
+    return {name: place(rows, rows.dtype, sharding) for name, rows in batch.items()}
+
+
+def gather(tree: Any) -> Any:
+    """Arrays on the mesh as whole numpy arrays, in every process."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _size(mesh: Mesh | AbstractMesh, axes: Any) -> int:
     if axes is None:
         return 1
     names = (axes,) if isinstance(axes, str) else axes

@@ -284,6 +284,51 @@ def test_a_restored_stream_continues_exactly(corpus):
     same(next(iterator), following[0])
 
 
+def test_random_crop_depends_on_seed_epoch_and_record_alone(corpus):
+    """Whatever process reads it, wherever in the order it comes, and after a restart."""
+
+    def crops(iterator, steps):
+        batches = take(iterator, steps)
+        return [dict(zip(b["index"].tolist(), b["image"], strict=True)) for b in batches]
+
+    options = {"template": "clip", "text_length": 24, "batch_size": 7, "crop": "random"}
+    batches = crops(stream(corpus, **options), 9)
+    epochs = [{n: image for batch in batches[e * 3 : e * 3 + 3] for n, image in batch.items()} for e in range(3)]
+    source = corpus.source("train")
+    for epoch, found in enumerate(epochs):
+        assert sorted(found) == list(range(21))
+        for number, image in found.items():
+            if number == CORRUPT:
+                assert not image.any()
+                continue
+            rng = np.random.default_rng([0, epoch, number])
+            expected = images.random_crop(images.decode_png(source[number]["image"]), SIZE, rng)
+            np.testing.assert_array_equal(image, expected)
+    assert any((epochs[0][n] != epochs[1][n]).any() for n in range(21))
+    halves = [stream(corpus, **{**options, "batch_size": 14, "process_index": i, "process_count": 2}) for i in range(2)]
+    for half in halves:
+        half.set_state({"global_next_index": 28})
+        (found,) = crops(half, 1)
+        for place, (number, image) in enumerate(found.items()):
+            epoch = (28 + 2 * place) // 21
+            if number != CORRUPT:
+                np.testing.assert_array_equal(image, epochs[epoch][number])
+
+
+def test_unknown_crop(corpus):
+    with pytest.raises(UserError, match=r"config\.data\.crop='middle' is unknown, there are centre, random"):
+        stream(corpus, crop="middle")
+
+
+def test_eval_batches_in_another_order(corpus):
+    order = np.array([3, 0, 9])
+    lengths = input_pipeline.prompt_lengths(corpus, "train", order)
+    options = {**OPTIONS, "batch_size": 2}
+    batches = list(eval_batches(corpus, "train", **options, template="prompt", order=order))
+    assert [batch["index"].tolist() for batch in batches] == [[3, 0], [9, -1]]
+    assert np.concatenate([batch["length"] for batch in batches]).tolist()[:3] == lengths.tolist()
+
+
 def test_a_corrupt_image_is_a_row_of_no_weight(corpus):
     seen = {}
     for batch in eval_batches(corpus, "train", **OPTIONS, template="plain"):
