@@ -57,7 +57,7 @@ PREDICTIONS = {"a": LEFT, "b": LEFT, "c": CLEAR, "d": ""}
 
 
 class MemoryCorpus(Corpus):
-    def source(self, split: str) -> Any:
+    def source(self, split: str, selection: str = "all") -> Any:
         return RECORDS[split]
 
 
