@@ -71,6 +71,11 @@ def main(_: Sequence[str]) -> None:
         if distributed.first():
             print(text)
         return
+    write(writer, options)
+
+
+def write(writer: "Writer", options: Any) -> None:
+    """The findings of a corpus, in --out."""
     from rad_jax.input_pipeline import Corpus
     from rad_jax.writing import Unfinished
 
