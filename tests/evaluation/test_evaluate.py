@@ -208,10 +208,10 @@ def test_subgroups(tmp_path: Path) -> None:
     assert found == {("view", "PA"): (1.0, 22), ("view", "AP"): (0.0, 23)}  # 15 women are too few
     text = (tmp_path / "out" / "results.md").read_text()
     assert "view: PA" in text and "Behind the averages" in text
-    for text, message in (("x\n", "no column 'id'"), (None, "no groups at")):
+    for content, message in (("x\n", "no column 'id'"), (None, "no groups at")):
         path = tmp_path / f"{len(message)}.csv"
-        if text:
-            path.write_text(text)
+        if content:
+            path.write_text(content)
         with pytest.raises(UserError, match=message):
             command.read_groups(path)
 
