@@ -28,6 +28,8 @@ def experiment(
             "steps": steps,
             "batch_size": batch_size,
             "num_micro": 1,
+            "compiler_options": {},
+            "dropout_bits": "threefry2x32",
             "optimizer": {
                 "peak_lr": 1e-3,
                 "warmup_ratio": 0.03,

@@ -71,12 +71,18 @@ def main(_: Sequence[str]) -> None:
         if distributed.first():
             print(text)
         return
+    write(writer, options)
+
+
+def write(writer: "Writer", options: Any) -> None:
+    """The findings of a corpus, in --out."""
     from rad_jax.input_pipeline import Corpus
     from rad_jax.writing import Unfinished
 
     corpus = Corpus.open(options.data)
     total = min(options.limit or sys.maxsize, len(corpus.source(options.split, options.selection)))
     unfinished = Unfinished(Path(options.out), writer.settings(corpus))
+    distributed.agree(f"{len(unfinished.rows)} studies written beside {options.out}")
     if unfinished.rows and distributed.first():
         print(f"{len(unfinished.rows)} studies are written already: going on after them.")
     for rows in writer.corpus(corpus, total, done=frozenset(unfinished.rows)):

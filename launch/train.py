@@ -13,7 +13,7 @@ Two processes on one machine, with four fake devices each:
     COMMAND="$COMMAND --multihost --coordinator=localhost:9876 --num_processes=2"
     $COMMAND --process_id=0 & $COMMAND --process_id=1
 
-When a process ends, the others end too, with exit status 42: start all of them again.
+When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first: start all of them again.
 """
 
 from collections.abc import Sequence

@@ -150,7 +150,7 @@ def open_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tokenizer, workdir / tokenizer.name)
         write_config(workdir, record)
-    distributed.wait_for_all("workdir")
+    distributed.agree(f"--workdir={workdir}")
     if not file.exists():
         raise UserError(
             f"process {jax.process_index()} does not see {file}, which process 0 has made: "
