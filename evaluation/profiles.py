@@ -15,7 +15,7 @@ from evaluation.metric import Metric
 
 # What needs weights that the user has to bring, and is not computed without them.
 WEIGHTS = {
-    "chexbert": "CheXbert's checkpoint, or its label files with --labels",
+    "chexbert": "label files with --labels, which launch.label makes with a CheXbert checkpoint",
     "radgraph": "a RadGraph model",
     "bertscore": "an encoder",
     "semb_score": "CheXbert's checkpoint",
