@@ -2,7 +2,7 @@
 
 Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
-subgroups[{column, group, system, reports, name, value, ci, ...}],
+published[{system, metric, profile, value, n, source, verified}], subgroups[{column, group, system, reports, name, value, ci, ...}],
 comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
 The metrics of the first file come first, so the first entry of a name is its score.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import rad_jax
-from evaluation import findings, panels, profiles, rouge, rule_labeler, scoring, statistics
+from evaluation import findings, panels, profiles, published, rouge, rule_labeler, scoring, statistics
 from evaluation.metric import Metric
 from evaluation.predictions import Predictions, malformed_sentence
 from rad_jax.errors import UserError
@@ -95,6 +95,7 @@ def evaluate(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Json
             rows = scoring.entries(metrics, part.setting, profile.median)
             result["metrics"] += [{"profile": part.profile, "system": name} | row for row in rows]
     result["metrics"].sort(key=lambda row: [s["name"] for s in result["systems"]].index(row["system"]))
+    result["published"] = published.beside(result["metrics"])
     result["subgroups"] = subgroups(scored, ids, options)
     result["comparisons"] = compare(scored, options.trials)
     return result, per_report(scored, ids)
@@ -117,6 +118,7 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
             for name, said in texts.items()
         ],
         "metrics": [],
+        "published": [],
         "subgroups": [],
         "comparisons": [],
         "warnings": [],

@@ -132,7 +132,8 @@ def test_schema(tmp_path: Path) -> None:
     """The names and fields that readers of results.json rely on."""
     result = run_evaluate([write(tmp_path / "p.jsonl", PREDICTIONS)], tmp_path / "out")
     assert list(result) == [
-        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "subgroups", "comparisons", "warnings")
+        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "published"),
+        *("subgroups", "comparisons", "warnings"),
     ]
     assert {"path", "sha256", "n", "unit", "access"} <= result["inputs"][0].keys()
     names = [metric["name"] for metric in result["metrics"]]
