@@ -10,13 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-from evaluation import bleu, label_metrics, rouge
+from evaluation import bleu, label_metrics, radgraph, rouge
 from evaluation.metric import Metric
 
 # What needs weights that the user has to bring, and is not computed without them.
 WEIGHTS = {
     "chexbert": "label files with --labels, which launch.label makes with a CheXbert checkpoint",
-    "radgraph": "a RadGraph model",
+    "radgraph": "RadGraph annotation files with --radgraph",
     "bertscore": "an encoder",
     "semb_score": "CheXbert's checkpoint",
     "radcliq": "RadGraph, CheXbert and an encoder",
@@ -35,7 +35,7 @@ _EVERY = tuple(f"{a}_{n}{p}" for p in ("", "_plus") for n in label_metrics.SETS 
 @dataclass(frozen=True)
 class Profile:
     """bleu: (order, convention) pairs. rouge: the names wanted and how ("plain", "stemmer", "coco-clean"). labels: averages, without the
-    labeler's name. rules, panels: whether the weight-free labeler is scored too, and `panels`. absent: metrics of the original that need weights.
+    labeler's name. rules, panels: whether the weight-free labeler is scored too, and `panels`. absent: metrics of the original that need weights or files.
 
     unit: "patient" resamples patients where they are known. median: print the median of the bootstrap, as LLaVA-Rad does, instead of the
     score itself (BLEU excepted).
@@ -47,6 +47,7 @@ class Profile:
     labels: tuple[str, ...] = ()
     rules: bool = False
     panels: bool = False
+    radgraph_case: Literal["kept", "lower"] = "kept"
     absent: tuple[str, ...] = ()
     unit: Literal["patient", "report"] = "patient"
     draws: int = 2000
@@ -62,6 +63,7 @@ PROFILES = {
         labels=_EVERY,
         rules=True,
         panels=True,
+        radgraph_case="lower",
         absent=(*_RADGRAPH, "bertscore", "semb_score", "radcliq_v0", "radcliq_v1", "green", "chexprompt"),
     ),
     # LLaVA-Rad's own script with its bootstrap on.
@@ -131,7 +133,16 @@ def label_scores(
     return [m for m in label_metrics.metrics(reference, predicted, labeler, how) if m.name in wanted]
 
 
-def absent(profile: Profile, with_labels: bool) -> dict[str, str]:
+def radgraph_scores(
+    profile: Profile, references: Sequence[radgraph.Annotation], predicted: Sequence[radgraph.Annotation]
+) -> list[Metric]:
+    """The forms of RadGraph F1 that a profile prints, from given annotations."""
+    found = radgraph.metrics(predicted, references, profile.radgraph_case == "kept")
+    return [metric for metric in found if metric.name in profile.absent]
+
+
+def absent(profile: Profile, labelled: bool, annotated: bool) -> dict[str, str]:
     """Metric name -> what it needs, for those of a profile that are not computed."""
-    names = profile.absent if with_labels else (*(f"chexbert_{name}" for name in profile.labels), *profile.absent)
-    return {name: next(need for start, need in WEIGHTS.items() if name.startswith(start)) for name in names}
+    names = profile.absent if labelled else (*(f"chexbert_{name}" for name in profile.labels), *profile.absent)
+    kept = [name for name in names if not (annotated and name.startswith("radgraph"))]
+    return {name: next(need for start, need in WEIGHTS.items() if name.startswith(start)) for name in kept}

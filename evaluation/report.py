@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import rad_jax
-from evaluation import findings, panels, profiles, published, rouge, rule_labeler, scoring, statistics
+from evaluation import findings, panels, profiles, published, radgraph, rouge, rule_labeler, scoring, statistics
 from evaluation.metric import Metric
 from evaluation.predictions import Predictions, malformed_sentence
 from rad_jax.errors import UserError
@@ -39,19 +39,22 @@ class Study:
 
 @dataclass(frozen=True)
 class Input:
-    """One predictions file: a system. labels: id -> codes [14] of its texts by another labeler, where given."""
+    """One predictions file: a system. Where given, labels: id -> codes [14] of its texts by another labeler, and annotations: id -> RadGraph
+    entities of its texts."""
 
     name: str
     read: Predictions
     path: Path | None = None
     labels: dict[str, np.ndarray] | None = None
+    annotations: dict[str, radgraph.Annotation] | None = None
 
 
 @dataclass(frozen=True)
 class Options:
     """What to compute. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
-    baselines: name -> {id: report}, scored like the predictions. reference_labels: id -> codes [14] of the references.
+    baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
+    `Input`'s, of the references.
     groups: id -> {column: value}, for subgroups.
     """
 
@@ -60,6 +63,7 @@ class Options:
     parse: Parser | None = None
     baselines: dict[str, dict[str, str]] = field(default_factory=dict)
     reference_labels: dict[str, np.ndarray] | None = None
+    reference_annotations: dict[str, radgraph.Annotation] | None = None
     labels_by: str = "chexbert"
     min_support: int = findings.MIN_SUPPORT
     interval: scoring.IntervalKind = "percentile"
@@ -123,10 +127,17 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
         "comparisons": [],
         "warnings": [],
     }  # fmt: skip
-    labelled = _given_labels(inputs, ids, options)
-    work = _Work(ids, references, texts, known, labelled, options)
+    labelled = {
+        name: (np.array(true, np.int8), np.array(said, np.int8))
+        for name, (true, said) in _given(
+            "--labels", {i.name: i.labels for i in inputs}, options.reference_labels, ids
+        ).items()
+    }
+    own_annotations = {i.name: i.annotations for i in inputs}
+    annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
+    work = _Work(ids, references, texts, known, labelled, annotated, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
-    result["warnings"] = _warnings(result, known, bool(labelled), options)
+    result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), options)
     return result, scored, ids
 
 
@@ -206,6 +217,7 @@ class _Work:
     texts: dict[str, list[str]]
     known: list[Study] | None
     labelled: dict[str, tuple[np.ndarray, np.ndarray]]  # system -> given label tables of references and predictions
+    annotated: dict[str, tuple[list[Any], list[Any]]]  # the same of RadGraph's entities
     options: Options
 
     def score(self, name: str, first: bool) -> Scored:
@@ -236,6 +248,9 @@ class _Work:
                 true, given = (table[kept] for table in self.labelled[system])
                 by = self.options.labels_by
                 metrics += profiles.label_scores(profile, true, given, by, f"labeler:{by}-given")
+            if system in self.annotated:
+                true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
+                metrics += profiles.radgraph_scores(profile, true_entities, own)
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
             if found:
                 against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
@@ -311,24 +326,22 @@ def _texts(item: Input, ids: list[str]) -> list[str]:
     return [table[i] for i in ids]
 
 
-def _given_labels(
-    inputs: Sequence[Input], ids: list[str], options: Options
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """system -> label tables of references and predictions, for inputs that came with label files.
+def _given(
+    flag: str, systems: dict[str, dict[str, Any] | None], references: dict[str, Any] | None, ids: list[str]
+) -> dict[str, tuple[list[Any], list[Any]]]:
+    """system -> what files say of its references and of its predictions, report by report, for systems that came with files.
 
     Raises UserError when a file lacks a study.
     """
     out = {}
-    for item in inputs:
-        if options.reference_labels is None or item.labels is None:
+    for name, table in systems.items():
+        if references is None or table is None:
             continue
-        for table in (options.reference_labels, item.labels):
-            if missing := sum(i not in table for i in ids):
-                raise UserError(f"--labels: a label file lacks {missing} of the {len(ids)} studies to be scored")
-        out[item.name] = tuple(
-            np.array([table[i] for i in ids], np.int8) for table in (options.reference_labels, item.labels)
-        )
-    return out  # type: ignore[return-value]
+        for file in (references, table):
+            if missing := sum(i not in file for i in ids):
+                raise UserError(f"{flag}: a file lacks {missing} of the {len(ids)} studies to be scored")
+        out[name] = ([references[i] for i in ids], [table[i] for i in ids])
+    return out
 
 
 def _input(item: Input, ids: list[str], references: list[str], options: Options) -> Json:
@@ -350,7 +363,7 @@ def _input(item: Input, ids: list[str], references: list[str], options: Options)
     }
 
 
-def _warnings(result: Json, known: list[Study] | None, with_labels: bool, options: Options) -> list[str]:
+def _warnings(result: Json, known: list[Study] | None, labelled: bool, annotated: bool, options: Options) -> list[str]:
     """What a reader of the numbers must know first: rows left out, empty texts, scores left out. One sentence each."""
     out = []
     for count in result["inputs"]:
@@ -375,7 +388,7 @@ def _warnings(result: Json, known: list[Study] | None, with_labels: bool, option
         out.append("ROUGE is left out: rouge-score is not installed (pip install rad_jax[eval]).")
     needs: dict[str, str] = {}
     for name in options.profiles:
-        needs |= profiles.absent(profiles.PROFILES[name], with_labels)
+        needs |= profiles.absent(profiles.PROFILES[name], labelled, annotated)
     for need in dict.fromkeys(needs.values()):
         names = [name for name in needs if needs[name] == need]
         out.append(f"{', '.join(names)} left out: {'it needs' if len(names) == 1 else 'they need'} {need}.")

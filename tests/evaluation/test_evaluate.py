@@ -246,7 +246,7 @@ def test_label_files_give_their_metrics(tmp_path: Path) -> None:
     assert value(result, "chexbert_macro_5") == pytest.approx(2 / 3 / 5)
     assert not any("chexbert" in warning.split(" left out")[0] for warning in result["warnings"])
     labels.write_csv(tmp_path / "said.csv", ["a"], said[:1])
-    with pytest.raises(UserError, match="a label file lacks 3 of the 4 studies"):
+    with pytest.raises(UserError, match="--labels: a file lacks 3 of the 4 studies"):
         report.evaluate(command.read_inputs([preds], [tmp_path / "said.csv"]), options)
 
 
