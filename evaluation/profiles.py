@@ -4,13 +4,14 @@ The same name means different numbers in different evaluations (BLEU-4 of raw te
 a mean or a bootstrap median), so a profile fixes all of them, and every number carries a signature that says how it was made.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from evaluation import bleu, label_metrics, radgraph, rouge
+from evaluation import bleu, cider, label_metrics, radgraph, rouge
 from evaluation.metric import Metric
 
 # What needs weights that the user has to bring, and is not computed without them.
@@ -45,6 +46,7 @@ class Profile:
     rouge: tuple[str, ...] = ()
     rouge_kind: Literal["plain", "stemmer", "coco-clean"] = "plain"
     labels: tuple[str, ...] = ()
+    cider: bool = False
     rules: bool = False
     panels: bool = False
     radgraph_case: Literal["kept", "lower"] = "kept"
@@ -60,6 +62,7 @@ PROFILES = {
     "native": Profile(
         bleu=tuple((order, "sacrebleu") for order in (1, 2, 3, 4)),
         rouge=("rouge_1", "rouge_2", "rouge_l"),
+        cider=True,
         labels=_EVERY,
         rules=True,
         panels=True,
@@ -100,6 +103,16 @@ PROFILES = {
         ),
         unit="report",
     ),
+    # R2Gen and its family: COCO's scorers on lower-cased words. The references are taken as they are, not cut at 60 or 100 words.
+    "r2gen": Profile(
+        bleu=tuple((order, "coco-clean") for order in (1, 2, 3, 4)),
+        rouge=("rouge_l",),
+        rouge_kind="coco-clean",
+        cider=True,
+        labels=("micro_14", "macro_14"),
+        absent=("meteor",),
+        unit="report",
+    ),
     # MAIRA-1 and -2.
     "maira": Profile(
         bleu=((1, "sacrebleu"), (4, "sacrebleu")),
@@ -113,15 +126,31 @@ PROFILES = {
 
 
 def text_metrics(profile: Profile, predictions: Sequence[str], references: Sequence[str]) -> list[Metric]:
-    """BLEU and ROUGE of a profile; ROUGE only where rouge-score is installed."""
+    """BLEU, ROUGE and CIDEr of a profile; ROUGE of rouge-score only where that is installed."""
     out, seen = [], {}
     for order, convention in profile.bleu:
         if convention not in seen:
             seen[convention] = bleu.count_rows(predictions, references, bleu.CONVENTIONS[convention])
         out.append(bleu.metric(predictions, references, order, convention, seen[convention]))
-    if profile.rouge and rouge.installed():
+    words = "tok:alnum|case:lc"
+    if profile.rouge_kind == "coco-clean":
+        out.append(rouge.coco_metric(predictions, references, bleu.tokens_clean, words))
+    elif profile.rouge and rouge.installed():
         found = rouge.metrics(predictions, references, stemmer=profile.rouge_kind == "stemmer")
         out += [metric for metric in found if metric.name in profile.rouge]
+    if profile.cider:
+        out.append(cider.metric(predictions, references, bleu.tokens_clean, words))
+    return out
+
+
+def extra_bleu(conventions: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> list[Metric]:
+    """BLEU-1 to -4 in more conventions, named bleu_4_hf and so on."""
+    out = []
+    for name in conventions:
+        rows = bleu.count_rows(predictions, references, bleu.CONVENTIONS[name])
+        for order in range(1, bleu.ORDER + 1):
+            metric = bleu.metric(predictions, references, order, name, rows)
+            out.append(dataclasses.replace(metric, name=f"{metric.name}_{name}"))
     return out
 
 

@@ -51,7 +51,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
+    """What to compute. bleu: more conventions of `bleu.CONVENTIONS`, under the first profile. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
     baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
     `Input`'s, of the references.
@@ -59,6 +59,7 @@ class Options:
     """
 
     profiles: Sequence[str] = ("native",)
+    bleu: Sequence[str] = ()
     studies: dict[str, Study] | None = None
     parse: Parser | None = None
     baselines: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -236,6 +237,8 @@ class _Work:
         for system, texts in self.texts.items():
             said = [texts[i] for i in kept]
             metrics = profiles.text_metrics(profile, said, [self.references[i] for i in kept]) if kept else []
+            if first and kept:
+                metrics += profiles.extra_bleu(self.options.bleu, said, [self.references[i] for i in kept])
             if profile.median:
                 metrics = [_with_rouge_median(m, draws, profile.seed) for m in metrics]
             if rules is not None and kept:

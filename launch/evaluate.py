@@ -7,7 +7,7 @@
 
 A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are systems: scored on
 the studies that all of them hold, each compared with the first, paired. --profile is one or more of native, llava-rad, radeval, rexrank,
-maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
+r2gen, maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
 warnings; --labels gives label files (of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn. per_report.jsonl
@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import labels, profiles, radgraph, report, tables
+from evaluation import bleu, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
 from rad_jax import errors
 from rad_jax.errors import UserError
@@ -126,6 +126,7 @@ def main(argv: Sequence[str]) -> None:
     inputs = read_inputs([Path(name) for name in argv[1:]], label_paths, annotation_paths)
     wanted = report.Options(
         profiles=names,
+        bleu=options.bleu,
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
@@ -163,6 +164,7 @@ def define_flags() -> None:
         "baselines", False, "Also score the most frequent training report and the nearest thumbnail's."
     )
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
+    flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")

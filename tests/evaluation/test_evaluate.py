@@ -220,11 +220,13 @@ def test_subgroups(tmp_path: Path) -> None:
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
     preds = write(tmp_path / "p.jsonl", PREDICTIONS)
     names = list(profiles.PROFILES)
-    result = run_evaluate([preds], tmp_path / "out", profiles=names)
+    result = run_evaluate([preds], tmp_path / "out", profiles=names, bleu=["hf"])
     signatures = {(m["profile"], m["name"]): m["signature"] for m in result["metrics"]}
     assert {profile for profile, _ in signatures} == {*names}
     assert len({signatures[profile, "bleu_4"] for profile in ("native", "llava-rad", "radeval")}) == 3
     assert "tok:blank" in signatures["radeval", "bleu_4"] and "stem:porter" in signatures["radeval", "rouge_l"]
+    assert "smooth:none" in signatures["native", "bleu_4_hf"] and ("radeval", "bleu_4_hf") not in signatures
+    assert "f:1.2" in signatures["r2gen", "rouge_l"] and "idf:4-references" in signatures["r2gen", "cider"]
     assert "tok:radcliq" in signatures["rexrank", "bleu_2"]
     assert "value:median-200" in signatures["llava-rad", "rouge_l"] and "seed3" in signatures["llava-rad", "rouge_l"]
     middle = rouge.bootstrap_of_means(np.array([1.0, 0.75, 1.0, 0.0]), 200, 3)[1]
