@@ -101,7 +101,7 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
     assert source["malformed"] == [{"line": 6, "reason": "not JSON"}]
     assert source["not_in_corpus"] == [5]
     assert source["sha256"] == hashlib.sha256(preds.read_bytes()).hexdigest()
-    assert [s["kind"] for s in result["systems"]] == ["predictions", "baseline", "baseline"]
+    assert [s["kind"] for s in result["systems"]] == ["predictions", *["baseline"] * 3]
 
     macro, side = (report.lookup(result, name) or {} for name in ("finding_macro_f1", "laterality"))
     assert (macro["per_finding"]["pleural_effusion"]["f1"], macro["per_finding"]["pleural_effusion"]["support"]) == (
