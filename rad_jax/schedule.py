@@ -319,5 +319,6 @@ def kernel_flops(kernel: str, call: hlo.Instruction) -> tuple[float, int]:
 def network_of(program: Any) -> Network:
     """The network of a compiled `aot.Program`."""
     flat = program.mesh.devices.reshape(-1)
-    places = [(device.slice_index or 0, tuple(device.coords)) for device in flat]
+    # Devices of a single slice have no slice_index.
+    places = [(getattr(device, "slice_index", 0), tuple(device.coords)) for device in flat]
     return Network(program.place.chip, dict(program.mesh.shape), places, program.place.wrap)
