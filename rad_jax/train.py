@@ -51,7 +51,8 @@ def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int
 def jitted_step(config: Any, task: Any, optimizer: optax.GradientTransformation, state: TrainState) -> Any:
     """The train step for a state that lies, or will lie (abstract arrays), where the step is to leave it; the old state's memory is reused."""
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(make_step(task, optimizer, config.num_micro), out_shardings=(where, None), donate_argnums=0)
+    step, options = make_step(task, optimizer, config.num_micro), dict(config.compiler_options)
+    return jax.jit(step, out_shardings=(where, None), donate_argnums=0, compiler_options=options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the loop

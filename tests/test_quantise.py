@@ -38,7 +38,9 @@ def test_what_is_held_in_what(training):
     held = {path: leaf.dtype.name for path, leaf in flatten_dict(frozen, sep="/").items()}
     layers = "params/llm/layers/"
     eight_bits = {path for path, dtype in held.items() if dtype == "int8"}
-    assert eight_bits == {layers + f"{part}/kernel" for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")}
+    assert eight_bits == {
+        layers + f"{part}/kernel" for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+    }
     assert {path for path, dtype in held.items() if dtype == "float32"} == {"scales" + path[6:] for path in eight_bits}
     assert held["params/llm/embed/embedding"] == held["params/llm/head/kernel"] == "bfloat16"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"float32"}

@@ -61,7 +61,12 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, inter
     attention = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * q.shape[2]),
         block_sizes=kernel.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k, block_q_dq=block_q, block_kv_dq=block_k
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
         ),
         head_shards=1,
         q_seq_shards=1,

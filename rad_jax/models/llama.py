@@ -236,7 +236,9 @@ def _dense(
     in_axes: int = 1,
 ) -> Dense:
     spec = lora if lora is not None and name in lora.targets else None
-    return Dense(features, axes, in_axes, use_bias=False, lora=spec, dtype=jnp.dtype(config.dtype), int8=config.int8, name=name)
+    return Dense(
+        features, axes, in_axes, use_bias=False, lora=spec, dtype=jnp.dtype(config.dtype), int8=config.int8, name=name
+    )
 
 
 jax.tree_util.register_dataclass(Step, data_fields=["positions", "lengths", "cos", "sin"], meta_fields=[])
