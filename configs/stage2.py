@@ -52,7 +52,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         "text_length": 424,
         "target_length": 422,
         "mean_text_length": 46,  # of stage 3's reports; only the estimates of launch.compile ask for it
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": FEATURES, "llm": LLM}
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563

@@ -41,7 +41,7 @@ def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
         "text_length": 424,
         "target_length": 360,
         "mean_text_length": 182,  # of those reports, cut to 424; only the estimates of launch.compile ask for it
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     full = variant == "full"
     model = {"vision": stage2.FEATURES, "llm": stage2.LLM, **({} if full else {"lora": LORA})}
