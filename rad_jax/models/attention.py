@@ -34,7 +34,7 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         [B, S, N, H] in q's dtype; the softmax is taken in float32. Queries at and after a row's length are padding, and what they get is
         unspecified when `causal`.
     """
-    if not impl.startswith("splash"):
+    if impl == "xla" or impl == "cudnn":
         y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
         return checkpoint_name(y, "attended")
     if lengths is None:

@@ -142,6 +142,7 @@ class SelfAttention(nn.Module):
             y = _dense(c, self.lora, name, (count, c.head_dim), ("embed", axis, "head_dim"))(x)
             return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
+        assert step.cos is not None and step.sin is not None
         q = checkpoint_name(rope(heads("q", c.heads, "heads"), step.cos, step.sin, c.rope), "q")
         k = checkpoint_name(rope(heads("k", c.kv_heads, "kv_heads"), step.cos, step.sin, c.rope), "k")
         v = checkpoint_name(heads("v", c.kv_heads, "kv_heads"), "v")
