@@ -103,13 +103,18 @@ def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.Config
     The global batch stays what it is, unless the machine has so many devices that each would get a single row: it grows to two each, and
     `steps` get fewer in proportion.
 
+    "v5e-256x4" is four slices of v5e-256: each holds a copy of what a slice holds, and only gradients cross between them (the
+    outermost part of `data`, see `rad_jax.sharding.make_mesh`).
+
     Raises:
         ValueError: no such machine, or one whose devices do not share the batch evenly.
     """
-    if machine not in MACHINES:
+    name, _, slices = machine.partition("x")
+    if name not in MACHINES or (slices and not slices.isdecimal()):
         raise ValueError(f"machine {machine!r} is unknown; choose {', '.join(MACHINES)}")
-    found = MACHINES[machine]
-    copies = found.data * found.fsdp
+    found = MACHINES[name]
+    data = found.data * int(slices or 1)
+    copies = data * found.fsdp
     # A pair of stage 1 takes a small part of the memory that a row of the other stages takes.
     at_once = copies * found.rows * (16 if config.task == "contrastive" else 1)
     least = copies * min(_LEAST_ROWS, found.rows)
@@ -118,7 +123,7 @@ def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.Config
         config.batch_size = least
     if config.batch_size % copies:
         raise ValueError(f"a batch of {config.batch_size} rows cannot be shared by {copies} devices of {machine}")
-    config.mesh = {"data": found.data, "fsdp": found.fsdp, "tensor": found.tensor}
+    config.mesh = {"data": data, "fsdp": found.fsdp, "tensor": found.tensor}
     config.num_micro = max(1, config.batch_size // at_once)
     config.compiler_options = dict(found.options)
     config.dropout_bits = found.dropout_bits

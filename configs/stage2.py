@@ -51,7 +51,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         # findings of up to 422 tokens, some 230 words, are kept whole.
         "text_length": 424,
         "target_length": 422,
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": FEATURES, "llm": LLM}
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563

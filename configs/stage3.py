@@ -40,7 +40,7 @@ def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
         # (truncated_rows); --config.data.text_length=680 --config.data.target_length=552 keep it.
         "text_length": 424,
         "target_length": 360,
-        "frontal_only": True,  # the original's films are AP and PA
+        "selection": "frontal",  # the original's films are AP and PA
     }
     full = variant == "full"
     model = {"vision": stage2.FEATURES, "llm": stage2.LLM, **({} if full else {"lora": LORA})}

@@ -87,8 +87,8 @@ def write(out: Path, model: Any) -> None:
     print(
         f"{out}: {result['bytes'] / 1e9:.2f} GB as {_FORMAT.value} ({dtype}) in {result['seconds']:.0f} s ({result['mb_per_s']:.0f} MB/s)."
     )
-    if "verified" in result:
-        report(result["verified"])
+    if "differences" in result:
+        report(result["differences"])
     elif _FORMAT.value in FORMATS:
         print(f"Not compared with PyTorch: give --data, or run launch.export --verify={out} later.")
 
@@ -109,11 +109,11 @@ def check(folder: Path, model: Any) -> None:
         else:
             result = verify_parts.verify(folder, model, found["format"], found["dtype"], _NEW_TOKENS.value)
         verify.check(result, folder)
-        receipt.add(folder, verified=result)
+        receipt.add(folder, differences=result)
         report(result)
-    elif "verified" in found:
+    elif "differences" in found:
         print("Not compared again (that takes PyTorch, --checkpoint and for image-to-text models --data). When it was:")
-        report(found["verified"])
+        report(found["differences"])
     else:
         raise UserError(
             f"{folder} was never compared with its model: give --checkpoint, for an image-to-text model --data too, with PyTorch "
@@ -146,8 +146,8 @@ def held_out(model: Any) -> list[tuple[Any, str | None]]:
     corpus = input_pipeline.Corpus.open(data)
     if corpus.image_size < size:
         raise UserError(f"{data} holds images of {corpus.image_size} pixels, the model needs {size}.")
-    source = corpus.source(split)
-    records = [source[int(number)] for number in corpus.numbers(split, frontal_only=True)[: _STUDIES.value]]
+    source = corpus.source(split, "frontal")
+    records = [source[number] for number in range(len(source))[: _STUDIES.value]]
     return [
         (images.centre_crop(images.decode_png(record["image"]), size), record["indication"] or None)
         for record in records

@@ -4,6 +4,8 @@
 
 Writes OUT/grounding.json and OUT/maps.npz (study id -> map). Layer and head are chosen on the validation split with the reference texts
 and then used unchanged. In a corpus without boxes the maps are of the longest word, averaged over heads of the last half of the layers.
+
+On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the files.
 """
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 
@@ -24,6 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.", required=True)
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
     flags.DEFINE_integer("batch_size", 32, "Texts at once.", lower_bound=1)
+    distributed.define_flags()
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def main(_: Sequence[str]) -> None:
     from rad_jax.input_pipeline import Corpus
 
     options = flags.FLAGS
+    distributed.join()
     corpus = Corpus.open(options.data)
     looker = Looker(Path(options.checkpoint), options.batch_size)
     rows = read_predictions(Path(options.predictions)).rows
@@ -74,11 +78,16 @@ def main(_: Sequence[str]) -> None:
             "validation_accuracy": float(scores.max()),
             **asdict(pointing),
         }
-        print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
+        if targets:
+            result |= beyond_pointing(targets, chosen, size)
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
         maps = looker.maps(targets)
         chosen = maps[:, maps.shape[1] // 2 :].mean((1, 2))
+    if not distributed.first():
+        return
+    if "accuracy" in result:
+        tell(result)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     first: dict[str, tuple[Target, Any]] = {}
@@ -90,6 +99,42 @@ def main(_: Sequence[str]) -> None:
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
     np.savez_compressed(out / "maps.npz", **{name: map_ for name, (_, map_) in first.items()})
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The pointing game in a line or two."""
+    if not result["n"]:
+        print("pointing game: no text names a finding that its film has.")
+        return
+    print(f"pointing game: {result['accuracy']:.2f} of {result['n']} findings (chance {result['chance']:.2f})")
+    control = result["shuffled"]
+    if control["n"]:
+        accuracy = f"{control['shuffled_accuracy']:.2f} (p {control['p']:.4f})"
+        print(f"maps of other patients with the same finding: {accuracy}")
+
+
+def beyond_pointing(targets: Sequence[Target], maps: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1], and the control with other patients' maps."""
+    import numpy as np
+
+    from evaluation import pointing
+
+    masks = [pointing.box_mask(target.boxes, *size) for target in targets]
+    spans = [max(float(np.ptp(map_)), 1e-12) for map_ in maps]
+    scores = [
+        pointing.map_score((map_ - map_.min()) / span, mask)
+        for map_, span, mask in zip(maps, spans, masks, strict=True)
+        if not mask.all()
+    ]
+    contrasts = [score.contrast for score in scores if np.isfinite(score.contrast)]
+    patients = [target.record["patient"] or target.record["id"] for target in targets]
+    control = pointing.against_shuffled(maps, masks, [target.name for target in targets], patients)
+    return {
+        "mass": float(np.mean([score.mass for score in scores])) if scores else None,
+        "contrast": float(np.mean(contrasts)) if contrasts else None,
+        "mean_iou": float(np.mean([score.mean_iou for score in scores])) if scores else None,
+        "shuffled": asdict(control),
+    }
 
 
 def finding_targets(record: dict[str, Any], text: str) -> Iterator[Target]:
@@ -121,8 +166,9 @@ class Looker:
         from rad_jax.checkpoint import load_run
 
         run = load_run(checkpoint)
-        task, self._variables = tasks.restore(run, sharding.make_mesh(jax.device_count(), 1, 1))
-        self._model, self._batch_size = task.model, batch_size
+        self._mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+        task, self._variables = tasks.restore(run, self._mesh)
+        self._model, self._batch_size = task.model, -(-batch_size // self._mesh.size) * self._mesh.size
         if run.config["task"] != "generative" or self._model.config.vision is None:
             raise UserError(f"{checkpoint} does not look at images while it writes: give a run of stage 2 or 3.")
         self.image_size = self._model.config.vision.image_size
@@ -137,7 +183,8 @@ class Looker:
         length = max(len(row["ids"]) for row in rows)
         queries = max(len(row["queries"]) for row in rows)
         maps = []
-        for start in tqdm(range(0, len(rows), self._batch_size), desc="attention", unit="batch", disable=None):
+        quiet = None if distributed.first() else True
+        for start in tqdm(range(0, len(rows), self._batch_size), desc="attention", unit="batch", disable=quiet):
             chosen = rows[start : start + self._batch_size]
             padded = chosen + chosen[:1] * (self._batch_size - len(chosen))
             seen = self._look(padded, length, queries)
@@ -146,8 +193,10 @@ class Looker:
         return np.stack(maps).reshape(len(maps), *maps[0].shape[:2], side, side)
 
     def _look(self, rows: Sequence[dict[str, Any]], length: int, queries: int) -> Any:
+        import jax
         import numpy as np
 
+        from rad_jax import sharding
         from rad_jax.grounding import attention_to_image
 
         def stacked(name: str, size: int) -> Any:
@@ -159,14 +208,18 @@ class Looker:
             "image": np.stack([row["image"] for row in rows]),
             "tokens": stacked("ids", length),
             "length": np.array([len(row["ids"]) for row in rows], np.int32),
+            "queries": stacked("queries", queries),
         }
-        return np.asarray(attention_to_image(self._model, self._variables, batch, stacked("queries", queries)))
+        with jax.set_mesh(self._mesh):
+            placed = sharding.place_whole(batch, self._mesh)
+            at = placed.pop("queries")
+            return sharding.gather(attention_to_image(self._model, self._variables, placed, at))
 
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import images, prompts
 
         record, tokenizer = target.record, self._tokenizer
-        prompt = prompts.render_v1(tokenizer, prompts.question(record["indication"] or None), None).ids
+        prompt = prompts.render_v1(tokenizer, record["question"], None).ids
         words = tokenizer.encode(target.text)
         ends = [len(tokenizer.decode(words[: k + 1])) for k in range(len(words))]
         start, stop = target.span

@@ -3,6 +3,8 @@
     python -m launch.retrieve --checkpoint=out/demo/stage1 --data=out/demo/data --split=test --candidates=100 --out=out/demo/retrieval.json
 
 Only studies that differ are candidates: by their true findings where the corpus knows them, else by their text.
+
+On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the file.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 
@@ -24,6 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "JSON file to write.", required=True)
     flags.DEFINE_integer("candidates", None, "Only the first so many different studies.", lower_bound=2)
     flags.DEFINE_integer("batch_size", 64, "Studies at once.", lower_bound=1)
+    distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> None:
@@ -36,24 +39,28 @@ def main(_: Sequence[str]) -> None:
     from rad_jax.checkpoint import load_run
 
     options = flags.FLAGS
+    distributed.join()
     run = load_run(Path(options.checkpoint))
     if run.config["task"] != "contrastive":
         raise UserError(f"{options.checkpoint} has no contrastive towers: give a run of stage 1.")
-    task, variables = tasks.restore(run, sharding.make_mesh(jax.device_count(), 1, 1))
+    mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+    task, variables = tasks.restore(run, mesh)
     assert isinstance(task, tasks.Contrastive)
     corpus = input_pipeline.Corpus.open(options.data)
     batches = input_pipeline.eval_batches(
         corpus,
         options.split,
         template="clip",
-        batch_size=options.batch_size,
+        batch_size=-(-options.batch_size // mesh.size) * mesh.size,
         text_length=run.config["data"]["text_length"],
         target_length=0,
         image_size=task.model.config.vision.image_size,
-        frontal_only=False,
+        selection="pairs",
     )
-    embedded = towers.embed(task.model, variables, batches)
-    source = corpus.source(options.split)
+    embedded = towers.embed(task.model, variables, batches, mesh)
+    if not distributed.first():
+        return
+    source = corpus.source(options.split, "pairs")
     annotated = corpus.meta["dataset"] in ANNOTATED
     keep = different([key(source[int(number)], annotated) for number in embedded["index"]], options.candidates)
     scores = retrieval(embedded["images"][keep], embedded["texts"][keep])

@@ -4,6 +4,16 @@
     python -m launch.train --config=configs/stage3.py --data=CORPUS --base=RUN_OF_STAGE_2 --workdir=RUN --config.batch_size=128
 
 The same command again goes on from the newest checkpoint. Every setting of the config can be given as a flag.
+
+On several machines every process gets the same command, with --multihost; --data, --base and --workdir are folders that all of them see.
+Two processes on one machine, with four fake devices each:
+
+    export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4
+    COMMAND="python -m launch.train --config=configs/phantom.py:lm --data=out/demo/data --workdir=RUN --config.mesh.fsdp=8"
+    COMMAND="$COMMAND --multihost --coordinator=localhost:9876 --num_processes=2"
+    $COMMAND --process_id=0 & $COMMAND --process_id=1
+
+When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first: start all of them again.
 """
 
 from collections.abc import Sequence
@@ -12,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from rad_jax import errors
+from rad_jax import distributed, errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
 _DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).", required=True)
@@ -23,13 +33,13 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.", required=True
 )
 flags.mark_flag_as_required("config")
+distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> None:
-    import jax
-
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
 
+    distributed.join()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     tasks.adopt(config, bases)
@@ -40,7 +50,9 @@ def main(_: Sequence[str]) -> None:
     if config.task == "generative":
         checkpoint.check_tokenizer(tokenizer.path, bases)
     mesh = sharding.make_mesh(**config.mesh)
-    checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, tokenizer.path, bases)
+    share, shares = sharding.process_share(mesh)
+    data = corpus.identity(config.data.split, config.data.selection)
+    checkpoint.open_workdir(workdir, config.to_dict(), data, tokenizer.path, bases)
     batches = input_pipeline.train_iterator(
         corpus,
         config.data.split,
@@ -50,13 +62,14 @@ def main(_: Sequence[str]) -> None:
         target_length=config.data.target_length,
         image_size=config.model.vision.image_size if "vision" in config.model else corpus.image_size,
         seed=config.seed,
-        frontal_only=config.data.frontal_only,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        selection=config.data.selection,
+        process_index=share,
+        process_count=shares,
         num_threads=config.data.num_threads,
+        crop=config.data.get("crop", "centre"),
     )
     base = state.join(*(run.variables for run in bases))
-    train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh)
+    train.run(config, task, base, batches, data["fingerprint"], workdir, mesh)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pickle
 import re
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,16 @@ def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Progra
 def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, max_new_tokens: int) -> Program:
     """Prefill of `rows` prompts of up to `config.data.text_length` tokens, and greedy decoding of up to `max_new_tokens` more.
 
+    As `launch.generate` does it: XLA's attention, and no 8-bit weights.
+
     Raises: as `compile_training`.
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices(place, slices))
+    config = config.copy_and_resolve_references()
+    if config.frozen_dtype == "int8":
+        config.frozen_dtype = "bfloat16"
+    for part in ("vision", "llm"):
+        config.model[part].attention = "xla"
     task = tasks.make_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     variables = jax.tree.map(
@@ -143,7 +151,11 @@ def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, 
         nn.unbox(boxed),
         sharding.variable_shardings(boxed, mesh),
     )
-    batch = {name: x for name, x in abstract_batch(config, mesh, rows).items() if name in ("tokens", "length", "image")}
+    batch = {
+        name: x
+        for name, x in abstract_batch(config, mesh, rows).items()
+        if name in ("tokens", "length", "image", "index")
+    }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -265,6 +277,7 @@ def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]
         "mfu_6n": work.trained * rows / place.chip.peak,
         "hardware_utilization": reading.flops / reading.seconds / place.chip.peak,
         "compile_s": program.seconds,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if program.new_tokens:
         return found | {"new_tokens": program.new_tokens, "images_per_s_per_chip": rows}
@@ -278,7 +291,8 @@ def _work(program: Program, model: Any, text_tokens: float | None) -> tuple[dict
     lengths = flops.Lengths(text, min(data.target_length, text), data.text_length, data.target_length)
     if program.new_tokens:
         return flops.writing(model, lengths, program.new_tokens), lengths
-    return flops.training(model, program.config.trainable, lengths, program.rows), lengths
+    config = program.config
+    return flops.training(model, config.trainable, lengths, program.rows, config.num_micro), lengths
 
 
 def _parameters(program: Program) -> dict[str, Any]:

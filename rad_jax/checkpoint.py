@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from rad_jax import FORMAT_VERSION, __version__, base
+from rad_jax import FORMAT_VERSION, __version__, base, distributed
 from rad_jax.errors import UserError, check_format
 from rad_jax.state import TrainState, Tree, join
 
@@ -130,25 +130,32 @@ def open_workdir(
 ) -> None:
     """Makes a run's folder with `config.json` and the tokenizer; in a folder that has them, checks that it is the same run.
 
+    Of several processes, the first makes it; all of them check.
+
     Raises:
-        UserError: the folder is of another config, corpus or base, or cannot be written.
+        UserError: the folder is of another config, corpus or base, or cannot be written, or not every process sees it.
     """
     record = {
         "format_version": FORMAT_VERSION,
         "rad_jax": __version__,
         "config": config,
-        "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
+        "corpus": dict(corpus),
         "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
         "bases": [
             {"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases
         ],
     }
     file = workdir / "config.json"
-    if not file.exists():
+    if jax.process_index() == 0 and not file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tokenizer, workdir / tokenizer.name)
         write_config(workdir, record)
-        return
+    distributed.agree(f"--workdir={workdir}")
+    if not file.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {file}, which process 0 has made: "
+            "choose a --workdir that all machines share."
+        )
     found = read_config(workdir)
     old, new = _flat(found), _flat(json.loads(json.dumps(record)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

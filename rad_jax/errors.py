@@ -30,11 +30,15 @@ def check_format(found: object, where: object) -> None:
 def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -> None:
     """Runs an absl main; a `UserError`, unusable flags or a failing disk end in one sentence and exit status 2.
 
+    One of several processes of a job ends without waiting for the others, see `distributed.end`.
+
     Args:
         main: gets argv, the command's name first.
         positional: whether the command takes arguments beside its flags.
     """
     from absl import app, flags, logging
+
+    from rad_jax import distributed
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it moves
 
@@ -53,9 +57,10 @@ def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -
             return main(argv)
         except UserError as error:
             fail(str(error))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             message = describe_disk_error(error)
             if message is None:
+                distributed.end(error)
                 raise
             fail(message)
 
@@ -64,7 +69,10 @@ def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -
 
 def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 2."""
+    from rad_jax import distributed
+
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    distributed.leave(2)
     sys.exit(2)
 
 

@@ -199,7 +199,7 @@ def _times(count: Count, times: int) -> Count:
 
 
 def training(
-    model: LlavaConfig | ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int
+    model: LlavaConfig | ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int, num_micro: int = 1
 ) -> dict[str, Count]:
     """FLOPs of one row of a train step, by part of the model.
 
@@ -208,11 +208,12 @@ def training(
         trainable: patterns over variable paths, as in a config.
         lengths: of the row's text.
         batch: B, rows of the global batch; a pair is compared with every other one.
+        num_micro: turns that a batch goes through in. The towers of pairs run once more then, for features without a gradient.
     """
     if isinstance(model, ClipConfig):
-        return _contrastive(model, trainable, lengths, batch)
+        return _contrastive(model, trainable, lengths, batch, num_micro > 1)
     seen, tuned = learns(trainable, "params/vision/blocks/"), learns(trainable, "params/projector/")
-    learned = any(learns(trainable, f"{name}/llm/{part}/") for name, part in (("params", "layers"), ("lora", "layers")))
+    learned = any(learns(trainable, f"{name}/llm/layers/") for name in ("params", "lora"))
     images = _images(model, seen, tuned) if model.vision else {}
     return images | decoder(model, trainable, lengths, backward=seen or tuned or learned)
 
@@ -226,20 +227,25 @@ def _images(model: LlavaConfig, seen: bool, tuned: bool) -> dict[str, Count]:
     return {**vision(model.vision, seen), "projector": first + second}
 
 
-def _contrastive(model: ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int) -> dict[str, Count]:
+def _contrastive(
+    model: ClipConfig, trainable: Sequence[str], lengths: Lengths, batch: int, twice: bool
+) -> dict[str, Count]:
     seen, read = learns(trainable, "params/vision/blocks/"), learns(trainable, "params/text/layers/")
-    width = model.embed_dim
-    hidden = (model.text.width + width) // 2
-    image_head = linear(model.vision.width * width, 1, 1, passes=seen, learns=learns(trainable, "params/vision_head/"))
-    text_head = linear(
-        hidden * (model.text.width + width), 1, 1, passes=read, learns=learns(trainable, "params/text_head/fc1/")
+    width, narrow = model.embed_dim, (model.text.width + model.embed_dim) // 2
+    heads = linear(model.vision.width * width, 1, 1, passes=seen, learns=learns(trainable, "params/vision_head/"))
+    heads += linear(
+        narrow * (model.text.width + width), 1, 1, passes=read, learns=learns(trainable, "params/text_head/fc1/")
     )
-    return {
-        **vision(model.vision, seen),
-        **text(model.text, lengths, read),
-        "heads": image_head + text_head,
-        "pairs": linear(batch * width, 1, 1, passes=True, learns=True),
-    }
+    towers = {**vision(model.vision, seen), **text(model.text, lengths, read), "heads": heads}
+    if twice:
+        # Without a gradient, and so without its repetitions: what padding makes of the forward pass.
+        forward = {**vision(model.vision, False), **text(model.text, lengths, False)}
+        again = {name: Count(executed=part.executed) for name, part in forward.items()}
+        towers |= {name: towers[name] + part for name, part in again.items()}
+    # An image is compared with all texts; softmax compares the text with all images too. Logits are not kept but computed again.
+    compared = linear(batch * width, 1, 1, passes=True, learns=True, again=1.0)
+    directions = 2 if model.loss == "softmax" else 1
+    return {**towers, "pairs": dataclasses.replace(compared, executed=directions * compared.executed)}
 
 
 def writing(model: LlavaConfig, lengths: Lengths, new_tokens: int) -> dict[str, Count]:

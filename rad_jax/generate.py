@@ -1,12 +1,17 @@
-"""Writing findings: one prefill of the prompt and its image, then one token at a time over a key-value cache, a batch at once."""
+"""Writing findings: one prefill of the prompt and its image, then one token at a time over a key-value cache, a batch at once.
+
+Under `jax.set_mesh` and linen's logical rules the rows of the batch lie over the data and fsdp axes, the heads of the cache over tensor.
+"""
 
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rad_jax.images import normalise
+from rad_jax.models.llama import Cache
 from rad_jax.models.llava import Llava
 from rad_jax.state import Tree
 
@@ -25,11 +30,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Array:
-    """Continues each prompt until its end-of-sequence token, or for `max_new_tokens`.
+    """Continues each prompt until its end-of-sequence token, or for `max_new_tokens`; ends when all rows have ended.
 
     Args:
         model: the model; variables: its weights and adapters.
-        batch: tokens int32 [B, T], length int32 [B], and image uint8 [B, Y, X] unless the model is text only.
+        batch: tokens int32 [B, T], length int32 [B], image uint8 [B, Y, X] unless the model is text only, and index int32 [B], a
+            number per row that its samples depend on, wherever in a batch it stands; nothing is written for rows below zero. Without
+            it rows are counted.
         rng: key for sampling; not used when greedy.
         max_new_tokens: U, at most this many.
         eos_id: ends a text.
@@ -39,18 +46,60 @@ def generate(
     Returns:
         int32 [B, U]; positions after a row's end hold `eos_id`.
     """
+    index = batch.get("index", jnp.arange(len(batch["length"])))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+    logits, lengths, cache = prefill(model, variables, batch, max_new_tokens)
+    loop = functools.partial(decode, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p)
+    return loop(model, variables, logits, lengths, cache, index < 0, keys)
+
+
+def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Cache]:
+    """The prompts' next-token logits float32 [B, V], their lengths with the image int32 [B], and a cache with `room` for more tokens.
+
+    Args: as in `generate`.
+
+    Returns:
+        Keys and values are [L, B, S + room, K, H] each, with S = T - 1 + P, or T without images.
+    """
     images, vision = None, model.config.vision
     if vision is not None and "image" in batch:
         images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
     logits, lengths, cache = model.apply(variables, batch["tokens"], batch["length"], images, method="prefill")
-    room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x, room), cache)
-    rows = lengths.shape[0]
+
+    def widened(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+        return nn.with_logical_constraint(x, (None, "batch", "length", "act_heads", None))
+
+    return logits, lengths, jax.tree.map(widened, cache)
+
+
+def decode(
+    model: Llava,
+    variables: Tree,
+    logits: Array,
+    lengths: Array,
+    cache: Cache,
+    done: Array,
+    keys: Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Array:
+    """The loop over tokens: int32 [B, U].
+
+    Args:
+        model, variables, max_new_tokens, eos_id, temperature, top_p: as in `generate`.
+        logits, lengths, cache: as `prefill` gives them, with room for `max_new_tokens`.
+        done: bool [B], rows for which nothing is written.
+        keys: [B], for sampling.
+    """
 
     def choose(logits: Array, step: Array) -> Array:
         if temperature == 0:
             return logits.argmax(-1).astype(jnp.int32)
-        return sample(logits / temperature, jax.random.fold_in(rng, step), top_p)
+        return sample(logits / temperature, jax.vmap(jax.random.fold_in, (0, None))(keys, step), top_p)
 
     def more(carry: Any) -> Array:
         step, _, _, done, _ = carry
@@ -60,19 +109,22 @@ def generate(
         step, logits, cache, done, out = carry
         token = jnp.where(done, eos_id, choose(logits, step))
         out = out.at[:, step].set(token)
-        done = done | (token == eos_id)
-        logits, cache = model.apply(variables, token, lengths + step, cache, method="extend")
-        return step + 1, logits, cache, done, out
+        logits, cache = decode_step(model, variables, token, lengths + step, cache)
+        return step + 1, logits, cache, done | (token == eos_id), out
 
-    start = (jnp.zeros((), jnp.int32), logits, cache, jnp.zeros(rows, bool))
-    out = jnp.full((rows, max_new_tokens), eos_id, jnp.int32)
-    return jax.lax.while_loop(more, one, (*start, out))[-1]
+    out = jnp.full((len(lengths), max_new_tokens), eos_id, jnp.int32)
+    return jax.lax.while_loop(more, one, (jnp.zeros((), jnp.int32), logits, cache, done, out))[-1]
 
 
-def sample(logits: Array, key: Array, top_p: float) -> Array:
-    """One token per row [B] of logits [B, V] from the smallest set of tokens whose probabilities reach `top_p`."""
+def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+    """One more token int32 [B] per row at its place int32 [B] in the row: the next logits float32 [B, V] and the updated cache."""
+    return model.apply(variables, tokens, positions, cache, method="extend")
+
+
+def sample(logits: Array, keys: Array, top_p: float) -> Array:
+    """One token per row [B] of logits [B, V], with its key of [B], from the smallest set of tokens whose probabilities reach `top_p`."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
     kept = (before < top_p) | (ordered == ordered[..., :1])  # the most probable token always
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf)).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= least, logits, -jnp.inf)).astype(jnp.int32)

@@ -8,6 +8,7 @@ another family brings its own).
 """
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ from rad_jax.errors import UserError
 # Channel statistics of OpenAI's CLIP (Radford et al. 2021), for values in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Of a training crop: share of the film's area (open_clip's), and width over height (torchvision's).
+CROP_AREA = (0.9, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _DICOM_SUFFIXES = (".dcm", ".dicom", "")
@@ -93,6 +98,43 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"cannot crop {size} x {size} from {height} x {width}")
     top, left = (round((side - size) / 2) for side in (height, width))
     return image[top : top + size, left : left + size]
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A part of the film, drawn and scaled to a square: open_clip's transform for training, torchvision's `RandomResizedCrop`.
+
+    `CROP_AREA` of the film at an aspect ratio of `CROP_RATIO`, as open_clip and torchvision have them by default; as in `resize_short`
+    the filter is Pillow's bicubic.
+
+    Args:
+        image: uint8 [Y, X].
+        size: pixels.
+        rng: what is drawn from.
+
+    Returns:
+        uint8 [size, size].
+    """
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng)
+    part = Image.fromarray(image[top : top + height, left : left + width])
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part of a film [height, width].
+
+    torchvision's way: area and logarithm of the aspect ratio are uniform; a part that does not fit is drawn again, ten times, and then
+    is the largest part in the middle whose aspect ratio is allowed.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        part_width, part_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < part_width <= width and 0 < part_height <= height:
+            top, left = rng.integers(height - part_height + 1), rng.integers(width - part_width + 1)
+            return int(top), int(left), part_height, part_width
+    least, greatest = CROP_RATIO
+    part_width, part_height = min(width, round(height * greatest)), min(height, round(width / least))
+    return (height - part_height) // 2, (width - part_width) // 2, part_height, part_width
 
 
 def encode_png(image: np.ndarray) -> bytes:

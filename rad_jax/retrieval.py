@@ -6,19 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from rad_jax import sharding
 from rad_jax.images import normalise
 from rad_jax.models.clip import Clip
 from rad_jax.state import Tree
 
 
-def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> dict[str, np.ndarray]:
     """Embeds a split.
 
     Args:
         model: the two towers.
         variables: their weights.
-        batches: of template "clip" (input_pipeline.eval_batches); rows of weight 0 are left out.
+        batches: of template "clip" (input_pipeline.eval_batches), whole in every process; rows of weight 0 are left out.
+        mesh: the devices, whose number divides the batches.
 
     Returns:
         images and texts float32 [n, E], unit length, and index int64 [n], the record numbers.
@@ -29,12 +32,14 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
     @jax.jit
     def both(variables: Tree, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         pixels = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
-        images, texts, _ = model.apply(variables, pixels, batch["tokens"], batch["length"])
+        images, texts, *_ = model.apply(variables, pixels, batch["tokens"], batch["length"])
         return images, texts
 
     rows: dict[str, list[np.ndarray]] = {"images": [], "texts": [], "index": []}
     for batch in batches:
-        images, texts = jax.device_get(both(variables, {name: batch[name] for name in ("image", "tokens", "length")}))
+        inputs = {name: batch[name] for name in ("image", "tokens", "length")}
+        with jax.set_mesh(mesh):
+            images, texts = sharding.gather(both(variables, sharding.place_whole(inputs, mesh)))
         real = batch["weight"] > 0
         for name, values in (("images", images), ("texts", texts), ("index", batch["index"])):
             rows[name].append(values[real])

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rad_jax import sharding
 from rad_jax.checkpoint import Run
+from rad_jax.contrastive import contrastive_loss
 from rad_jax.errors import UserError
 from rad_jax.images import normalise
 from rad_jax.lora import LoraSpec
@@ -46,7 +47,7 @@ def model_config(config: Any) -> ClipConfig | LlavaConfig:
     vision = VitConfig(**model["vision"]) if model.get("vision") else None
     if config.task == "contrastive":
         assert vision is not None
-        return ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"])
+        return ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"], model.get("loss", "softmax"))
     lora = dict(model.get("lora") or {})
     if lora:
         lora["targets"] = tuple(lora["targets"])
@@ -199,7 +200,7 @@ class Generative:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """Symmetric cross-entropy between images and texts of the global batch (Radford et al. 2021)."""
+    """Images and texts of the global batch find each other: CLIP's loss or SigLIP's, as the model's config says."""
 
     model: Clip
 
@@ -211,13 +212,17 @@ class Contrastive:
     def value_and_grad(self, trainable: Tree, frozen: Tree, batch: Batch, rng: Array, num_micro: int) -> Result:
         del rng  # The towers have no dropout.
 
-        def features(trainable: Tree, micro: Batch) -> tuple[Array, Array, Array]:
+        def features(trainable: Tree, micro: Batch) -> tuple[Array, Array, Array, Array]:
             vision = self.model.config.vision
             images = normalise(micro["image"], jnp, vision.pixel_mean, vision.pixel_std)
             return self.model.apply(join(trainable, frozen), images, micro["tokens"], micro["length"])
 
+        def global_loss(*features: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            images, texts, scale, bias = features
+            return contrastive_loss(images, texts, scale, bias, batch["weight"], kind=self.model.config.loss)
+
         def loss(trainable: Tree) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            return contrastive_loss(*features(trainable, batch), batch["weight"])
+            return global_loss(*features(trainable, batch))
 
         if num_micro == 1:
             (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
@@ -225,22 +230,19 @@ class Contrastive:
 
         # GradCache (Gao et al. 2021): the loss sees the global batch, the towers one micro-batch at a time.
         micro = split_batch(batch, num_micro)
-        images, texts, scales = jax.lax.map(lambda m: features(trainable, m), micro)
-        weights = micro["weight"].reshape(-1)
+        images, texts, scales, biases = jax.lax.map(lambda m: features(trainable, m), micro)
+        whole = merge_batch({"images": images, "texts": texts})
+        gradient = jax.value_and_grad(global_loss, argnums=(0, 1, 2, 3), has_aux=True)
+        (loss_sum, (weight, metrics)), found = gradient(whole["images"], whole["texts"], scales[0], biases[0])
+        rows = split_batch({"images": found[0], "texts": found[1]}, num_micro)
+        d_scale, d_bias = found[2] / num_micro, found[3] / num_micro
 
-        def global_loss(images: Array, texts: Array, scale: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            width = images.shape[-1]
-            return contrastive_loss(images.reshape(-1, width), texts.reshape(-1, width), scale, weights)
-
-        gradient = jax.value_and_grad(global_loss, argnums=(0, 1, 2), has_aux=True)
-        (loss_sum, (weight, metrics)), (d_images, d_texts, d_scale) = gradient(images, texts, scales[0])
-
-        def add(total: Tree, item: tuple[Batch, Array, Array]) -> tuple[Tree, None]:
+        def add(total: Tree, item: tuple[Batch, Batch]) -> tuple[Tree, None]:
             _, pull_back = jax.vjp(lambda t: features(t, item[0]), trainable)
-            (grads,) = pull_back((item[1], item[2], d_scale / num_micro))
+            (grads,) = pull_back((item[1]["images"], item[1]["texts"], d_scale, d_bias))
             return jax.tree.map(jnp.add, total, grads), None
 
-        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), (micro, d_images, d_texts))
+        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), (micro, rows))
         return Result(loss_sum, weight, grads, metrics)
 
 
@@ -253,19 +255,6 @@ def _token_loss(logits: Array, targets: Array, weights: Array) -> tuple[Array, t
     return losses.sum(), (weights.sum(), {"accuracy": correct})
 
 
-def contrastive_loss(
-    images: Array, texts: Array, scale: Array, weights: Array
-) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-    """Summed over pairs: mean of image-to-text and text-to-image cross-entropy; unit vectors [B, E], weights [B] 0 for padding rows."""
-    hidden = jnp.where(weights > 0, 0.0, -jnp.inf)
-    logits = scale * images @ texts.T
-    to_text, to_image = logits + hidden[None, :], logits.T + hidden[None, :]
-    diagonal = jnp.diagonal(logits)
-    losses = (jax.nn.logsumexp(to_text, axis=1) + jax.nn.logsumexp(to_image, axis=1)) / 2 - diagonal
-    correct = (to_text.argmax(1) == jnp.arange(len(weights))) * weights
-    return (losses * weights).sum(), (weights.sum(), {"accuracy": correct.sum()})
-
-
 def split_batch(batch: Batch, num_micro: int) -> dict[str, Array]:
     """[B, ...] -> [num_micro, B / num_micro, ...], each slice spread over all devices that hold the batch."""
 
@@ -274,3 +263,13 @@ def split_batch(batch: Batch, num_micro: int) -> dict[str, Array]:
         return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
 
     return {name: sliced(rows) for name, rows in batch.items()}
+
+
+def merge_batch(micro: Batch) -> dict[str, Array]:
+    """Undoes `split_batch`: [num_micro, B / num_micro, ...] -> [B, ...], rows in their old order."""
+
+    def merged(x: Array) -> Array:
+        x = x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
+
+    return {name: merged(rows) for name, rows in micro.items()}

@@ -1,10 +1,11 @@
 """The training loop, one for all stages: what is learned is decided by the task and by which variables train, both from the config."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -71,6 +72,9 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
     """
     optimizer = optim.optimizer(config.optimizer, config.steps)
     rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
+    rates = np.asarray(
+        rate(np.arange(config.steps))
+    )  # at once: asked for step by step, they would queue behind the steps
     with jax.set_mesh(mesh), contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)) as checkpoints:
         state, frozen = initial(config, task, optimizer, base, mesh)
         restored = checkpoints.restore(state)
@@ -84,27 +88,45 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         first = int(state.step)
         if jax.process_index() == 0:
             print(table(state.trainable, frozen))
-            print(f"resumed at step {first}" if first else "starting at step 0", f"on {dict(mesh.shape)}", flush=True)
+            begins = f"resumed at step {first}" if first else "starting at step 0"
+            print(f"{begins} on {dict(mesh.shape)}, processes: {jax.process_count()}", flush=True)
         step = jitted_step(config, task, optimizer, state)
         progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
         meter = Meter(task.model.config.image_tokens)
+        logged: tuple[int, Any, Span] | None = None
         with nn.logical_axis_rules(sharding.RULES):
             for number in range(first + 1, config.steps + 1):
-                batch = meter.next(batches)
-                state, numbers = step(state, frozen, sharding.place_batch(batch, mesh))
+                batch = sharding.place_batch(meter.next(batches), mesh)
+                state, numbers = step(state, frozen, batch)
+                meter.count(batch)
                 progress.step()
+                if logged is not None:  # read one step late: the device has the next one to do meanwhile
+                    log(progress, meter, rates, *logged)
                 saves = number % config.checkpoint_every == 0 or number == config.steps
-                if saves or number % config.log_every == 0 or number == 1:
+                logs = saves or number % config.log_every == 0 or number == 1
+                logged = (number, numbers, meter.take()) if logs else None
+                if saves and logged is not None:
                     # Read before saving, so that no checkpoint holds weights that are no numbers.
-                    numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
-                    if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
-                        raise UserError(f"the loss is {numbers['loss']} at step {number}: lower optimizer.peak_lr.")
-                    progress.log({"step": number, "lr": float(rate(number - 1)), **numbers, **meter.read()})
-                if saves:
+                    log(progress, meter, rates, *logged)
+                    logged = None
                     checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
         progress.close()
     if jax.process_index() == 0:
         metrics.plot(workdir)
+
+
+def log(
+    progress: metrics.Progress, meter: "Meter", rates: np.ndarray, number: int, numbers: Mapping[str, Any], span: "Span"
+) -> None:
+    """Waits for the numbers of a step and writes them.
+
+    Raises:
+        UserError: the loss or its gradient is no number.
+    """
+    values = {name: float(value) for name, value in jax.device_get(numbers).items()}
+    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+        raise UserError(f"the loss is {values['loss']} at step {number}: lower optimizer.peak_lr.")
+    progress.log({"step": number, "lr": float(rates[number - 1]), **values, **meter.read(span)})
 
 
 def initial(
@@ -192,36 +214,64 @@ def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, 
     )
 
 
+class Span(NamedTuple):
+    """Some steps: how many, seconds waited for their data, what was counted in their batches (still on the device)."""
+
+    steps: int
+    waited: float
+    counts: list[dict[str, jax.Array]]
+
+
 class Meter:
-    """Takes batches from an iterator and counts real tokens, rows without weight, cut rows, and time between two readings."""
+    """Counts what is in the batches, over all processes, and the time between two readings."""
 
     def __init__(self, image_tokens: int):
-        self._image_tokens = image_tokens
+        self._count = jax.jit(functools.partial(count, image_tokens))
         self._bad_rows = self._truncated = 0
+        self._since = time.perf_counter()
         self._restart()
 
     def next(self, batches: Iterator[Batch]) -> Batch:
         before = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - before
-        self._steps += 1
-        self._tokens += int(batch["length"].sum()) + self._image_tokens * len(batch["length"]) * ("image" in batch)
-        self._bad_rows += int((batch["weight"] == 0).sum())
-        self._truncated += int(batch["truncated"].sum())
         return batch
 
-    def read(self) -> dict[str, float]:
-        """Per step since the last reading: seconds, seconds waited for data, tokens per second; rows without weight, and rows cut, in all."""
-        seconds = time.perf_counter() - self._since
-        row = {
-            "step_time_s": seconds / self._steps,
-            "data_wait_s": self._waited / self._steps,
-            "tokens_per_s": self._tokens * jax.process_count() / seconds,
+    def count(self, batch: Batch) -> None:
+        """Counts a global batch; does not wait for the device."""
+        self._counts.append(self._count(dict(batch)))
+
+    def take(self) -> Span:
+        """The steps since it was last called."""
+        span = Span(len(self._counts), self._waited, self._counts)
+        self._restart()
+        return span
+
+    def read(self, span: Span) -> dict[str, float]:
+        """Seconds, seconds waited for data, tokens per second, each per step of the span; rows without weight, and rows cut, so far."""
+        counts = jax.device_get(span.counts)
+        self._bad_rows += sum(int(found["bad_rows"]) for found in counts)
+        self._truncated += sum(int(found["truncated_rows"]) for found in counts)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return {
+            "step_time_s": seconds / span.steps,
+            "data_wait_s": span.waited / span.steps,
+            "tokens_per_s": sum(int(found["tokens"]) for found in counts) / seconds,
             "bad_rows": self._bad_rows,
             "truncated_rows": self._truncated,
         }
-        self._restart()
-        return row
 
     def _restart(self) -> None:
-        self._since, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
+        self._waited = 0.0
+        self._counts: list[dict[str, jax.Array]] = []
+
+
+def count(image_tokens: int, batch: Batch) -> dict[str, jax.Array]:
+    """Tokens without padding, rows without weight and rows that were cut, of a batch."""
+    images = image_tokens * len(batch["length"]) * ("image" in batch)
+    return {
+        "tokens": batch["length"].sum() + images,
+        "bad_rows": (batch["weight"] == 0).sum(),
+        "truncated_rows": batch["truncated"].sum(),
+    }

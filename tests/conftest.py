@@ -1,5 +1,6 @@
-"""Set-up before any test module imports jax, and the fixture for real test data."""
+"""Set-up before any test module imports jax, the fixture for real test data, a small training, and the table of parity."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -72,7 +73,14 @@ class Training:
         lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
         stages: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, int, int]] = {
             "lm": ("generative", {"llm": llm}, ("params/llm/.*",), "text", 64, 63),
-            "stage1": ("contrastive", {"vision": vision, "text": text, "embed_dim": 16}, (".*",), "clip", 64, 0),
+            "stage1": (
+                "contrastive",
+                {"vision": vision, "text": text, "embed_dim": 16, "loss": "softmax"},
+                (".*",),
+                "clip",
+                64,
+                0,
+            ),
             "stage2": ("generative", {"vision": seen, "llm": llm}, ("params/projector/.*",), "plain", 64, 62),
             "stage3": (
                 *("generative", {"vision": seen, "llm": llm, "lora": lora}),
@@ -98,7 +106,7 @@ class Training:
             target_length=config.data.target_length,
             image_size=32,
             seed=config.seed,
-            frontal_only=True,
+            selection="frontal",
         )
 
     def batch(self, config: Any, rows: int = 8, seed: int = 0, blank: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -167,15 +175,15 @@ class Training:
         from rad_jax import checkpoint, state, tasks, train
         from rad_jax.input_pipeline import Corpus
 
-        corpus = Corpus.open(self.corpus)
+        data = Corpus.open(self.corpus).identity("train", config.data.selection)
         runs = [checkpoint.load_run(path) for path in bases]
-        checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, self.corpus / "tokenizer.json", runs)
+        checkpoint.open_workdir(workdir, config.to_dict(), data, self.corpus / "tokenizer.json", runs)
         base = state.join(*(run.variables for run in runs))
         batches: Any = self.batches(config)
         if stop is not None:
             batches = Interrupted(batches, stop)
         task = tasks.make_task(config)
-        train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh or self.mesh())
+        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh())
 
 
 class Interrupted:
@@ -213,3 +221,103 @@ def chain(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training.run(training.config("stage2"), folder / "stage2", (folder / "lm", folder / "stage1"))
     training.run(training.config("stage3"), folder / "stage3", (folder / "stage2",))
     return folder
+
+
+FORWARD = 1e-5  # float32 rounding of two different summation orders, at activations of size 1 to 10
+GRADIENT = 1e-4  # the same through the backward pass, relative
+DISTRIBUTIONS = {
+    "open_clip": "open_clip_torch"
+}  # the other libraries are installed under the name they are imported by
+
+
+class Parity:
+    """Compares, and keeps a row for the table that is printed at the end of the run."""
+
+    def __init__(self, node: pytest.Item):
+        self._node = node
+
+    def forward(self, what: str, against: str, ours: Any, theirs: Any, tolerance: float = FORWARD) -> None:
+        """Largest absolute difference, over arrays of the same shape."""
+        import numpy as np
+
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.shape == theirs.shape
+        absolute = float(np.abs(ours - theirs).max())
+        greatest = float(np.abs(theirs).max())
+        self._row(what, against, 1, absolute, absolute / greatest if greatest else 0.0, tolerance, "absolute")
+
+    def gradients(self, what: str, against: str, ours: Any, theirs: Any, tolerance: float = GRADIENT) -> None:
+        """Largest difference of each leaf relative to its largest entry, or to a hundredth of the largest gradient anywhere.
+
+        The floor is for gradients that are zero but for rounding, such as the key bias's (a softmax does not see a constant).
+        """
+        import numpy as np
+
+        from rad_jax.interop.tables import flatten
+
+        mine, other = flatten(ours), flatten(theirs)
+        assert mine.keys() == other.keys()
+        floor = 1e-2 * max(np.abs(g).max() for g in other.values())
+        assert floor > 0
+        apart = {path: np.abs(mine[path] - g).max() for path, g in other.items()}
+        relative = max(apart[path] / max(np.abs(g).max(), floor) for path, g in other.items())
+        self._row(what, against, len(other), float(max(apart.values())), float(relative), tolerance, "relative")
+
+    def equal(self, what: str, against: str, ours: Any, theirs: Any) -> None:
+        """Equal lists of ids."""
+        different = float(list(ours) != list(theirs))
+        self._row(what, against, 1, different, different, 0.0, "ids equal")
+
+    def tensors(self, what: str, against: str, ours: Any, theirs: Any) -> None:
+        """The same tensors by name, bit for bit, dtypes included; NaN would not be told from NaN by value."""
+        import numpy as np
+
+        assert set(ours) == set(theirs)
+        for name in theirs:
+            a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+            assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes(), name
+        self._row(what, against, len(theirs), 0.0, 0.0, 0.0, "bits equal")
+
+    def _row(
+        self, what: str, against: str, tensors: int, absolute: float, relative: float, tolerance: float, kind: str
+    ) -> None:
+        row = [what, versioned(against), tensors, absolute, relative, tolerance, kind]
+        self._node.user_properties.append(("parity", row))
+        judged = relative if kind == "relative" else absolute
+        assert judged <= tolerance, f"{what} against {against}: {judged:.2e} is over {tolerance:.0e} ({kind})"
+
+
+def versioned(against: str) -> str:
+    """The libraries in a text, each with its version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    words = []
+    for word in against.split(" "):
+        words.append(word)
+        if word in ("timm", "transformers", "open_clip", "peft", "torch"):
+            with contextlib.suppress(PackageNotFoundError):
+                words.append(version(DISTRIBUTIONS.get(word, word)))
+    return " ".join(words)
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Parity:
+    return Parity(request.node)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "parity"]
+    if not rows:
+        return
+    terminalreporter.section("parity")
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    terminalreporter.line(
+        f"{'what':{widths[0]}}  {'against':{widths[1]}}  tensors  max abs  max rel  tolerance  of what is judged"
+    )
+    for what, against, tensors, absolute, relative, tolerance, kind in rows:
+        verdict = "" if (relative if kind == "relative" else absolute) <= tolerance else "  OVER"
+        terminalreporter.line(
+            f"{what:{widths[0]}}  {against:{widths[1]}}  {tensors:7d}  {absolute:7.1e}  {relative:7.1e}  {tolerance:9.0e}  {kind}{verdict}"
+        )

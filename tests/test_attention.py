@@ -29,7 +29,7 @@ def both(lengths, size, heads, kv_heads, width, causal, mesh=None):
         rng.normal(size=(rows, size, n, width)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)
     )
     real = np.ones((rows, size), bool) if lengths is None else np.arange(size) < np.asarray(lengths)[:, None]
-    given = None if lengths is None else np.asarray(lengths, np.int32)
+    given = None if lengths is None else jnp.asarray(lengths, jnp.int32)
 
     def loss(q, k, v, impl):
         y = attention.attend(q, k, v, given, causal=causal, impl=impl)

@@ -1,11 +1,14 @@
 """Writing with a cache against writing without, sampling, and the attention that is drawn."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rad_jax import tasks
+from rad_jax import sharding, tasks
 from rad_jax.generate import generate, sample
 from rad_jax.grounding import attention_to_image
 from rad_jax.images import normalise
@@ -120,7 +123,7 @@ def test_sample_has_the_distribution_of_the_logits(top_p, kept):
     """20,000 draws: a share's standard error is at most 0.0035; allowed are four of them."""
     shares, order = np.array([0.4, 0.3, 0.2, 0.1]), np.array([2, 0, 3, 1])
     logits = jnp.broadcast_to(jnp.log(shares)[order], (20_000, 4))
-    drawn = sample(logits, jax.random.key(4), top_p)
+    drawn = sample(logits, jax.random.split(jax.random.key(4), len(logits)), top_p)
     found = np.bincount(drawn, minlength=4)[np.argsort(order)] / len(drawn)
     expected = np.array(kept) / sum(kept)
     np.testing.assert_allclose(found, expected, atol=0.014)
@@ -131,6 +134,67 @@ def test_temperature_divides_the_logits(models):
     """At a temperature near zero a sample is the greedy text."""
     model, variables, batch = models["lm"]
     np.testing.assert_array_equal(quickly(model, variables, batch, temperature=1e-4), quickly(model, variables, batch))
+
+
+def test_row_without_a_study_is_not_written_for_and_holds_nobody_up(models, greedy):
+    model, variables, batch = models["stage3"]
+    index = np.array([4, -1, 7, -1], np.int32)
+    end = int(greedy["stage3"][0, 1])
+    found = quickly(model, variables, {**batch, "index": index}, eos_id=end)
+    assert (found[1] == end).all() and (found[3] == end).all()
+    np.testing.assert_array_equal(found[0, :1], greedy["stage3"][0, :1])
+    jaxpr = str(
+        jax.make_jaxpr(lambda b: generate(model, variables, b, jax.random.key(0), max_new_tokens=NEW, eos_id=end))(
+            batch
+        )
+    )
+    assert "while[" in jaxpr
+
+
+def test_samples_depend_on_a_rows_number_not_on_its_place(models):
+    model, variables, batch = models["stage3"]
+    numbered = {**batch, "index": np.array([9, 2, 5, 3], np.int32)}
+    turned = {name: rows[::-1] for name, rows in numbered.items()}
+    one, other = (quickly(model, variables, b, temperature=1.0) for b in (numbered, turned))
+    np.testing.assert_array_equal(one, other[::-1])
+    assert (one != quickly(model, variables, batch, temperature=1.0)).any()
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_eight_devices_write_what_one_writes(training, models, greedy, axes):
+    """The cache lies over the devices and stays there: none of the collectives moves keys or values of the length of a row."""
+    model, variables, few = models["stage3"]
+    batch = {name: np.concatenate([rows, rows[::-1]]) for name, rows in few.items()}
+    mesh = training.mesh(**axes)
+    boxed = jax.eval_shape(tasks.Generative(model).init, jax.random.key(0))
+    placed = jax.device_put(variables, sharding.variable_shardings(boxed, mesh))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        inputs = sharding.place_batch(batch, mesh)
+        options = {"max_new_tokens": NEW, "eos_id": NEVER}
+        compiled = generate.lower(model, placed, inputs, jax.random.key(0), **options).compile()
+        found = compiled(placed, inputs, jax.random.key(0))
+    np.testing.assert_array_equal(found, np.concatenate([greedy["stage3"], greedy["stage3"][::-1]]))
+    llm, tokens = model.config.llm, batch["tokens"].shape[1] + model.config.image_tokens + NEW
+    part = (
+        llm.depth,
+        8 // (axes.get("data", 1) * axes.get("fsdp", 1)),
+        tokens,
+        llm.kv_heads // axes.get("tensor", 1),
+        llm.head_dim,
+    )
+    code = compiled.as_text() or ""
+    assert f"f32[{','.join(map(str, part))}]" in code
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", code)
+    assert moved
+    assert not [shape for shape in moved if re.search(rf"\b{tokens},\d+,{llm.head_dim}$", shape)]
 
 
 def first_layer(model, variables, batch, row):

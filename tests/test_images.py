@@ -143,11 +143,11 @@ def test_normalise_with_the_statistics_of_another_tower():
     np.testing.assert_allclose(channels, expected, atol=1e-6)
 
 
-def open_clip_transform(size: int):
+def open_clip_transform(size: int, is_train: bool = False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies
         module = pytest.importorskip("open_clip", reason="open_clip is only in the development environment")
-    return module.image_transform(size, is_train=False)
+    return module.image_transform(size, is_train=is_train)
 
 
 # 1030 x 1024 and its turn have an odd crop offset where rounding half to even matters.
@@ -183,6 +183,42 @@ def test_real_radiographs_equal_open_clip():
         if checked == 24:
             break
     assert checked == 24
+
+
+@pytest.mark.parametrize(("height", "width"), [(640, 518), (518, 733), (100, 400), (400, 100)])
+@pytest.mark.parity
+def test_training_crop_equals_open_clip(height, width):
+    """The same part of the film gives the same pixels, bit for bit; where the parts come from is the next test."""
+    transform = open_clip_transform(112, is_train=True)
+    crop, image = transform.transforms[0], film(height, width)
+    assert (crop.scale, crop.ratio) == (images.CROP_AREA, images.CROP_RATIO)
+    for seed in range(4):
+        box = images.crop_box(height, width, np.random.default_rng(seed))
+        crop.get_params = lambda *_, box=box: box
+        theirs = transform(Image.fromarray(image)).numpy()
+        ours = images.random_crop(image, 112, np.random.default_rng(seed))
+        np.testing.assert_array_equal(images.normalise(ours[None])[0].transpose(2, 0, 1), theirs)
+
+
+@pytest.mark.parity
+def test_training_crop_is_drawn_as_torchvision_draws():
+    """Means of 2,000 boxes, to four standard errors; on films too long for any such part, the same middle."""
+    torch = pytest.importorskip("torch")
+    draw = pytest.importorskip("torchvision.transforms").RandomResizedCrop.get_params
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+
+    def peer(height, width):
+        return draw(torch.zeros(1, 1, 1).expand(1, height, width), list(images.CROP_AREA), list(images.CROP_RATIO))
+
+    for height, width in ((640, 518), (518, 560)):
+        ours = np.array([images.crop_box(height, width, rng) for _ in range(2000)])
+        theirs = np.array([peer(height, width) for _ in range(2000)])
+        error = np.sqrt((ours.var(0) + theirs.var(0)) / 2000)
+        assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error).all()
+        assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+    for shape in ((100, 400), (400, 100), (333, 1000)):
+        assert images.crop_box(*shape, rng) == tuple(peer(*shape))
 
 
 def golden_dicoms() -> list[dict]:

@@ -114,22 +114,6 @@ def test_token_loss_against_numpy():
     assert metrics["accuracy"] == ((exact.argmax(-1) == targets) * weights).sum()
 
 
-def test_contrastive_loss_against_numpy():
-    rng = np.random.default_rng(1)
-    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 5, 3)))
-    weights = np.array([1, 1, 0, 1, 1], np.float32)
-    loss, (weight, metrics) = tasks.contrastive_loss(
-        *(jnp.asarray(x, jnp.float32) for x in (images, texts, 4.0, weights))
-    )
-    kept = weights > 0
-    logits = 4.0 * images[kept] @ texts[kept].T
-    to_text = np.log(np.exp(logits).sum(1)) - np.diag(logits)
-    to_image = np.log(np.exp(logits).sum(0)) - np.diag(logits)
-    np.testing.assert_allclose(loss, (to_text + to_image).sum() / 2, rtol=1e-6)
-    assert weight == 4
-    assert metrics["accuracy"] == (logits.argmax(1) == np.arange(4)).sum()
-
-
 def test_gradients_against_differences(generative):
     """Central differences along one random direction; rounding and the third derivative make each about 1e-3 of the slope."""
     batch = generative.batch()

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from rad_jax import FORMAT_VERSION
 from rad_jax.errors import UserError
-from rad_jax.interop import bundle, layouts, receipt, sources, verify
+from rad_jax.interop import bundle, layouts, ranges, receipt, sources, verify
 from rad_jax.interop.exported import Exported
 
 Writer = Callable[[Path, Exported, str, Callable[[int], object]], dict[str, str]]
@@ -46,7 +46,7 @@ def export(
         The receipt, which is also in `out`.
 
     Raises:
-        UserError: `out` exists, the format cannot hold the model, or PyTorch and JAX do not agree.
+        UserError: `out` exists, the format cannot hold the model, float16 cannot hold its numbers, or PyTorch and JAX do not agree.
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: choose another --out, or give --overwrite.")
@@ -65,25 +65,30 @@ def export(
             with bar:
                 hashes = WRITERS[format](partial, model, dtype, progress)
             _reread(partial, hashes, len(sizes))
+            outputs = None
+            if format in verify.FORMATS and dtype == "float16":
+                outputs = ranges.largest_outputs(model, studies[0] if studies else None)
             spent = meter.read()
         written = sum((partial / name).stat().st_size for name in hashes)
         contents: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "format": format,
             "dtype": dtype,
-            "provenance": dict(model.provenance),
+            "sources": dict(model.sources),
             "files": hashes,
             "tensors": len(sizes),
             "bytes": written,
             "mb_per_s": round(written / 1e6 / max(spent["seconds"], 1e-3), 1),
             **spent,
         }
+        if outputs is not None:
+            contents["max_abs_outputs"] = outputs
         if format in verify.FORMATS and model.config is not None and model.config.vision is not None:
             contents |= {"vocab_size": model.config.llm.vocab_size}
         receipt.write(partial, **contents)
         if studies:
-            contents["verified"] = verify.verify(partial, model, studies, max_new_tokens)
-            verify.check(contents["verified"], out)
+            contents["differences"] = verify.verify(partial, model, studies, max_new_tokens)
+            verify.check(contents["differences"], out)
             receipt.write(partial, **contents)
         if out.exists():
             shutil.rmtree(out)

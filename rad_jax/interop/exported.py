@@ -27,7 +27,7 @@ class Exported:
         variables: `params`, and `lora` where `config` has adapters, as numpy or lazy arrays. Parts a format has no place for are left out.
         config: of the image-to-text model or the language model; None for towers alone.
         tokenizer: file of the language model's (or the text tower's) tokenizer, if there is one.
-        provenance: what the weights came from; goes into the receipt.
+        sources: the runs and bases that the weights came from, by name: their step and the sha256 of their content; for the receipt.
         clip: of the contrastive towers, where they are all there.
         configs: foreign configuration files that the weights came with, by name.
         carried: foreign tensors that our models never use, by the format they came in.
@@ -36,7 +36,7 @@ class Exported:
     variables: Mapping[str, Any]
     config: LlavaConfig | None
     tokenizer: Path | None
-    provenance: Mapping[str, Any]
+    sources: Mapping[str, Any]
     clip: ClipConfig | None = None
     configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     carried: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -78,12 +78,12 @@ def from_run(run: Run) -> Exported:
     clip = None
     if "text" in model and "vision" in model:
         vision = VitConfig(**{**model["vision"], "feature_layer": None})
-        clip = ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"])
+        clip = ClipConfig(vision, BertConfig(**model["text"]), model["embed_dim"], model.get("loss", "softmax"))
     return Exported(
         run.variables,
         config,
         None if run.tokenizer is None else run.tokenizer_file,
-        {"from": run.path.name, "step": run.step, "sha256": run.sha256},
+        {part.path.name: {"step": part.step, "sha256": part.sha256} for part in run.chain()},
         clip,
         configs,
         carried,

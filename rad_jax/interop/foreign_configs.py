@@ -165,7 +165,8 @@ def open_clip(config: Json, shapes: Mapping[str, Shape], name: str = "") -> Clip
     pixels = _pixels(config.get("preprocess_cfg"), OPENAI, "mean", "std")
     if vision.get("timm_model_name"):
         _whole({"embed_dim": None} | model, "embed_dim")
-        return ClipConfig(_timm_trunk(vision, shapes, pixels), _open_clip_bert(text, shapes), model["embed_dim"])
+        towers = _timm_trunk(vision, shapes, pixels), _open_clip_bert(text, shapes)
+        return ClipConfig(*towers, model["embed_dim"], "sigmoid" if "logit_bias" in shapes else "softmax")
     return _native_vit(vision, shapes, pixels, bool(model.get("quick_gelu")) or "quickgelu" in name)
 
 

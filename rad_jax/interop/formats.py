@@ -148,7 +148,7 @@ def _clip_towers(source: Source, name: str, config: dict[str, Any]) -> Opened:
     clip = foreign_configs.open_clip(config, {key: tensor.shape for key, tensor in source.items()}, Path(name).stem)
     if isinstance(clip, VitConfig):
         return _tower(clip, openai_clip.table(clip), source, {name: config})
-    model = {"vision": _fields(clip.vision), "text": _fields(clip.text), "embed_dim": clip.embed_dim}
+    model = {"vision": _fields(clip.vision), "text": _fields(clip.text), "embed_dim": clip.embed_dim, "loss": clip.loss}
     return Opened(model, ((open_clip.table(clip).under("params/", ""), source),), source.files, {name: config})
 
 

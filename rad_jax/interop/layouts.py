@@ -76,7 +76,7 @@ def write_llava(folder: Path, model: Exported, dtype: str, progress: Progress) -
         ("adapter_model.bin", table, adapters, {}, "", None),
         ("non_lora_trainables.bin", projector, weights, {}, llava.PREFIXES[0], None),
     ]
-    towers, carried = _towers(model), model.carried.get("llava_rad", model.carried.get("open_clip", {}))
+    towers, carried = tower_variables(model), model.carried.get("llava_rad", model.carried.get("open_clip", {}))
     checkpoint = f"{TOWER}_checkpoint.pt"
     parts.append((checkpoint, open_clip.table(clip), towers, carried, "module.", "state_dict"))
     hashes = _write_torch(folder, parts, dtype, progress)
@@ -94,7 +94,7 @@ def write_open_clip(folder: Path, model: Exported, dtype: str, progress: Progres
     Raises:
         UserError: the towers are not both there, or the image tower is none that timm has a name for.
     """
-    clip, towers = _clip(model), _towers(model)
+    clip, towers = _clip(model), tower_variables(model)
     table, carried = open_clip.table(clip), model.carried.get("open_clip", model.carried.get("llava_rad", {}))
     plan = shards.in_dtype(tables.outline(table, towers, carried), dtype)
     hashes = shards.write(folder, plan, tables.store(table, towers, carried), "open_clip_model", progress=progress)
@@ -136,9 +136,11 @@ def _clip(model: Exported) -> ClipConfig:
     return model.clip
 
 
-def _towers(model: Exported) -> dict[str, Any]:
+def tower_variables(model: Exported) -> dict[str, Any]:
+    """The variables of stage 1."""
     params = model.variables["params"]
-    return {key: params[key] for key in ("vision", "text", "vision_head", "text_head", "logit_scale")}
+    bias = ("logit_bias",) if _clip(model).loss == "sigmoid" else ()
+    return {key: params[key] for key in ("vision", "text", "vision_head", "text_head", "logit_scale", *bias)}
 
 
 def _cast(
@@ -202,7 +204,15 @@ def _llava_config(model: Exported, checkpoint: str) -> dict[str, Any]:
 
 
 def _clip_config(model: Exported, clip: ClipConfig) -> dict[str, Any]:
-    """open_clip's model configuration: the one that came with the weights, or one that describes them."""
+    """open_clip's model configuration: the one that came with the weights, or one that describes them; of a model with a bias, with a bias."""
+    config = _described(model, clip)
+    if clip.loss == "sigmoid":
+        inner = {"init_logit_bias": -10.0, **config.get("model_cfg", config)}
+        return {**config, "model_cfg": inner} if "model_cfg" in config else inner
+    return config
+
+
+def _described(model: Exported, clip: ClipConfig) -> dict[str, Any]:
     for config in model.configs.values():
         if isinstance(config, dict) and "vision_cfg" in config.get("model_cfg", config):
             vision = config.get("model_cfg", config)["vision_cfg"]

@@ -14,17 +14,15 @@ from rad_jax.errors import UserError
 from rad_jax.generate import generate
 from rad_jax.images import normalise
 from rad_jax.interop.exported import Exported
+from rad_jax.interop.ranges import LARGEST_FLOAT16, Study
 from rad_jax.lazy import first_layers
 from rad_jax.models.llava import Llava, LlavaConfig
 from rad_jax.models.vit import Vit, VitConfig
 from rad_jax.prompts import IMAGE_ID, Tokenizer, load_tokenizer, question, render_v1
 from rad_jax.serving import reference
 
-Study = tuple[np.ndarray, str | None]  # image uint8 [Y, X], indication
-
 # Differences in float32 of the same mathematics summed in another order; measured 1e-6 to 1e-5 on small models, more at full depth.
 PIXELS, FEATURES, LOGITS = 1e-5, 1e-4, 1e-3
-LARGEST_FLOAT16 = 65504.0
 FORMATS = ("hf", "hf_adapter")  # bundles that can be compared on studies; the other formats are in verify_parts
 
 

@@ -17,7 +17,7 @@ from rad_jax.errors import UserError
 from rad_jax.generate import generate
 from rad_jax.interop import foreign_configs, hf_llama, tables
 from rad_jax.interop.exported import Exported
-from rad_jax.interop.layouts import TOWER
+from rad_jax.interop.layouts import TOWER, tower_variables
 from rad_jax.interop.verify import as_stored, rounded
 from rad_jax.models.clip import Clip
 from rad_jax.models.llava import Llava, LlavaConfig
@@ -167,9 +167,7 @@ def _embeddings(theirs: Any, exported: Exported, dtype: str) -> Result:
     assert clip is not None
     exact: dict[str, Any] = {"dtype": "float32", "remat": "none", "attention": "xla"}
     vision, text = dataclasses.replace(clip.vision, **exact), dataclasses.replace(clip.text, **exact)
-    params = exported.variables["params"]
-    tree = {key: params[key] for key in ("vision", "text", "vision_head", "text_head", "logit_scale")}
-    tree = jax.tree.map(lambda x: rounded(x, dtype), tree)
+    tree = jax.tree.map(lambda x: rounded(x, dtype), tower_variables(exported))
     rng, size = np.random.default_rng(0), vision.image_size
     images = rng.normal(size=(ROWS, size, size, 3)).astype(np.float32)
     ids = rng.integers(5, text.vocab_size, (ROWS, LENGTH), dtype=np.int32)

@@ -1,7 +1,8 @@
-"""Two-tower contrastive model (Radford et al. 2021) in open_clip's `CustomTextCLIP` form: ViT, BERT, two heads and a temperature."""
+"""Two-tower contrastive model (Radford et al. 2021) in open_clip's `CustomTextCLIP` form: ViT, BERT, two heads, a temperature, a bias."""
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -16,13 +17,16 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """The towers and E, the width of the shared embedding."""
+    """The towers, E, the width of the shared embedding, and the loss it is trained with: "sigmoid" (SigLIP) has a bias, and starts elsewhere."""
 
     vision: VitConfig
     text: BertConfig
     embed_dim: int
+    loss: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"contrastive loss {self.loss!r} is not one of softmax, sigmoid")
         if not self.vision.class_token:
             raise ValueError("the contrastive model embeds an image by its class token, but this tower has none")
 
@@ -48,7 +52,7 @@ class TextHead(nn.Module):
 
 
 class Clip(nn.Module):
-    """Images and texts to unit vectors [B, E] in one space, and the learned temperature."""
+    """Images and texts to unit vectors [B, E] in one space, and the learned temperature and bias of their products."""
 
     config: ClipConfig
 
@@ -58,8 +62,10 @@ class Clip(nn.Module):
         self.vision_head = Dense((c.embed_dim,), ("embed", "mlp"), use_bias=False, dtype=jnp.dtype(c.vision.dtype))
         self.text = Bert(c.text)
         self.text_head = TextHead(c.embed_dim, c.text.dtype)
-        init = nn.with_logical_partitioning(nn.initializers.constant(math.log(1 / 0.07)), ())
-        self.logit_scale = self.param("logit_scale", init, (), jnp.float32)
+        # Starts of Radford et al. 2021, and of Zhai et al. 2023 (SigLIP).
+        self.logit_scale = self._number("logit_scale", math.log(1 / 0.07) if c.loss == "softmax" else math.log(10))
+        if c.loss == "sigmoid":
+            self.logit_bias = self._number("logit_bias", -10.0)
 
     def encode_image(self, images: Array) -> Array:
         """float[B, Y, X, C] -> float32[B, E], unit length, from the class token after the final norm."""
@@ -73,8 +79,15 @@ class Clip(nn.Module):
         """Inverse temperature, at most 100 as in the paper."""
         return jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
 
-    def __call__(self, images: Array, tokens: Array, lengths: Array) -> tuple[Array, Array, Array]:
-        return self.encode_image(images), self.encode_text(tokens, lengths), self.scale()
+    def bias(self) -> Array:
+        """What is added to scaled products; a softmax does not see it."""
+        return self.logit_bias if self.config.loss == "sigmoid" else jnp.zeros((), jnp.float32)
+
+    def __call__(self, images: Array, tokens: Array, lengths: Array) -> tuple[Array, Array, Array, Array]:
+        return self.encode_image(images), self.encode_text(tokens, lengths), self.scale(), self.bias()
+
+    def _number(self, name: str, start: float) -> Array:
+        return self.param(name, nn.with_logical_partitioning(nn.initializers.constant(start), ()), (), jnp.float32)
 
 
 def _unit(x: Array) -> Array:

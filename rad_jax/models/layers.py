@@ -232,7 +232,9 @@ class Embed(nn.Module):
     def __call__(self, ids: Array) -> Array:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", _named(init, self.axes), (self.rows, self.width), jnp.float32)
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        # Whole rows are looked up: XLA would otherwise take words cut along D, and turn them over to the batch by way of full copies.
+        table = nn.with_logical_constraint(table.astype(self.dtype), (self.axes[0], "act_embed"))
+        return jnp.take(table, ids, axis=0)
 
 
 class Mlp(nn.Module):

@@ -51,7 +51,7 @@ class Example:
 
     def exported(self, **changes: Any) -> Exported:
         given = {"variables": self.variables, "config": self.config, "tokenizer": self.tokenizer, **changes}
-        return Exported(provenance={"run": "test"}, **given)
+        return Exported(sources={"run": "test"}, **given)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def written(folder, example, dtype="float32", **changes):
     folder.mkdir()
     exported = example.exported(**changes)
     hashes = bundle.write(folder, exported, dtype, lambda size: None)
-    receipt.write(folder, format_version=1, provenance=exported.provenance, files=hashes)
+    receipt.write(folder, format_version=1, sources=exported.sources, files=hashes)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_files_and_settings(tmp_path, example):
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == list(range(512, 576)) and generation["do_sample"] is False
     record = json.loads((folder / "receipt.json").read_text())
-    assert record["format_version"] == 1 and record["provenance"] == {"run": "test"}
+    assert record["format_version"] == 1 and record["sources"] == {"run": "test"}
     assert set(record["files"]) == {path.name for path in folder.iterdir()} - {"receipt.json"}
     from safetensors.numpy import load_file
 

@@ -91,9 +91,9 @@ def test_from_foreign_weights_to_foreign_weights(tmp_path):
     assert "agree on 2 studies" in call("export", *compared, f"--verify={bundle}")
     assert "Not compared again" in call("export", f"--verify={bundle}")  # what a reader without PyTorch gets
     receipt = json.loads((bundle / "receipt.json").read_text())
-    blocks = receipt["verified"]["max_abs_activation"]
+    blocks = receipt["differences"]["max_abs_activation"]
     assert len(blocks) == 3 + 2 and all(0 < value < 65504 for value in blocks.values())
-    assert receipt["peak_anon_bytes"] > 0 and receipt["seconds"] > 0 and receipt["provenance"]["step"] == 2
+    assert receipt["peak_anon_bytes"] > 0 and receipt["seconds"] > 0 and receipt["sources"]["stage3"]["step"] == 2
     pytest.importorskip("peft")
     told = call("export", *compared, "--format=hf_adapter", f"--out={tmp_path / 'apart'}")
     assert "PyTorch and JAX agree on 2 studies" in told

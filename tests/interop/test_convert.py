@@ -61,21 +61,21 @@ def make_llava(folder):
     return model
 
 
-def same_tensors(a: sources.Source, b: sources.Source) -> None:
-    """Bit for bit, dtypes included; NaN would not be told from NaN by value."""
-    assert set(a) == set(b)
-    for name in a:
-        assert (a.shape(name), a.dtype(name)) == (b.shape(name), b.dtype(name)), name
-        assert np.ascontiguousarray(a[name]).tobytes() == np.ascontiguousarray(b[name]).tobytes(), name
+SAVED = "transformers save_pretrained"
+
+
+def opened(*paths: Path) -> list[sources.Source]:
+    return [sources.open_source(path) for path in paths]
 
 
 def variables(base: Path):
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), checkpoint.load_run(base).variables)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
-def test_llama_in_and_out(tmp_path, tokenizer_path, dtype, container):
+def test_llama_in_and_out(tmp_path, tokenizer_path, parity, dtype, container):
     model = make_llama(tmp_path / "hf", dtype)
     if container == "bin":  # as Vicuna's: a derived buffer is in the file
         state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -94,7 +94,8 @@ def test_llama_in_and_out(tmp_path, tokenizer_path, dtype, container):
         return
     export(exported.from_run(run), "hf", out, "keep")
     given = sources.open_source(tmp_path / "hf").renamed(lambda n: None if "inv_freq" in n else n)
-    same_tensors(sources.open_source(out), given)
+    what = f"hf_llama, {dtype}, {container}: in and out"
+    parity.tensors(what, "torch file" if container == "bin" else SAVED, sources.open_source(out), given)
     again, info = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.arange(20)[None]
@@ -105,22 +106,24 @@ def test_llama_in_and_out(tmp_path, tokenizer_path, dtype, container):
     assert np.abs(ours - theirs).max() <= 1e-4  # logits of size 10, in float32
 
 
-def test_tied_llama_stays_tied(tmp_path):
+@pytest.mark.parity
+def test_tied_llama_stays_tied(tmp_path, parity):
     make_llama(tmp_path / "hf", tie_word_embeddings=True)
     convert(tmp_path / "hf", "hf_llama", tmp_path / "base")
     export(exported.from_run(checkpoint.load_run(tmp_path / "base")), "hf", tmp_path / "out", "keep")
     assert "lm_head.weight" not in sources.open_source(tmp_path / "out")
-    same_tensors(sources.open_source(tmp_path / "out"), sources.open_source(tmp_path / "hf"))
+    parity.tensors("hf_llama, tied: in and out", SAVED, *opened(tmp_path / "out", tmp_path / "hf"))
 
 
-def test_llava_in_and_out(tmp_path):
+@pytest.mark.parity
+def test_llava_in_and_out(tmp_path, parity):
     make_llava(tmp_path / "hf")
     done = convert(tmp_path / "hf", "hf_llava", tmp_path / "base")
     assert done["carried"] == 1  # the mask token
     run = checkpoint.load_run(tmp_path / "base")
     assert run.config["model"]["vision"]["feature_layer"] == -2
     export(exported.from_run(run), "hf", tmp_path / "out", "keep")
-    same_tensors(sources.open_source(tmp_path / "out"), sources.open_source(tmp_path / "hf"))
+    parity.tensors("hf_llava: in and out", SAVED, *opened(tmp_path / "out", tmp_path / "hf"))
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (
         config["image_token_index"] == 511 and config["text_config"]["vocab_size"] == 512
@@ -179,7 +182,8 @@ def make_training_checkpoint(folder, tensors, config, name="biomedclipcxr_518"):
     (folder / f"{name}.json").write_text(json.dumps(config))
 
 
-def test_open_clip_training_checkpoint_in_and_out(tmp_path):
+@pytest.mark.parity
+def test_open_clip_training_checkpoint_in_and_out(tmp_path, parity):
     tensors, config = make_towers()
     make_training_checkpoint(tmp_path / "clip", tensors, config)
     done = convert(tmp_path / "clip/biomedclipcxr_518_checkpoint.pt", "open_clip", tmp_path / "base")
@@ -190,7 +194,7 @@ def test_open_clip_training_checkpoint_in_and_out(tmp_path):
     given = sources.open_source(tmp_path / "clip/biomedclipcxr_518_checkpoint.pt").renamed(
         lambda n: n.removeprefix("module.")
     )
-    same_tensors(sources.open_source(tmp_path / "out"), given)
+    parity.tensors("open_clip: in and out", "torch file", sources.open_source(tmp_path / "out"), given)
     assert json.loads((tmp_path / "out/open_clip_config.json").read_text())["model_cfg"] == config
 
 
@@ -238,7 +242,8 @@ def make_llava_rad(folder, llama):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_llava_rad_in_and_out(tmp_path, tokenizer_path):
+@pytest.mark.parity
+def test_llava_rad_in_and_out(tmp_path, tokenizer_path, parity):
     llama = make_llama(tmp_path / "vicuna")
     make_llava_rad(tmp_path / "llava-rad", llama)
     convert(tmp_path / "vicuna", "hf_llama", tmp_path / "bases/vicuna", tokenizer=tokenizer_path)
@@ -249,14 +254,15 @@ def test_llava_rad_in_and_out(tmp_path, tokenizer_path):
     assert model.config.vision.feature_layer == -2 and model.config.lora.rank == 4 and model.config.lora.scale == 2.0
     export(model, "llava", tmp_path / "out", "keep")
     for file in ("adapter_model.bin", "non_lora_trainables.bin", "biomedclipcxr_518_checkpoint.pt"):
-        same_tensors(sources.open_source(tmp_path / "out" / file), sources.open_source(tmp_path / "llava-rad" / file))
+        files = opened(tmp_path / "out" / file, tmp_path / "llava-rad" / file)
+        parity.tensors(f"llava_rad, {file}: in and out", "torch file", *files)
     for file in ("adapter_model.bin", "non_lora_trainables.bin", "biomedclipcxr_518_checkpoint.pt"):
         torch.load(tmp_path / "out" / file, weights_only=True)
     # The same, merged, is what PyTorch makes of it.
     rng = np.random.default_rng(0)
     studies = [(rng.integers(0, 256, (28, 28), dtype=np.uint8), "cough")]
     result = export(model, "hf", tmp_path / "bundle", "float32", studies=studies, max_new_tokens=4)
-    assert result["verified"]["max_abs_logit_diff"] <= 1e-3
+    assert result["differences"]["max_abs_logit_diff"] <= 1e-3
     # A base that changed under it is refused.
     record = json.loads((tmp_path / "bases/vicuna/config.json").read_text())
     record["weights"]["weights.safetensors"]["sha256"] = "0" * 64
@@ -265,7 +271,8 @@ def test_llava_rad_in_and_out(tmp_path, tokenizer_path):
         checkpoint.load_run(tmp_path / "bases/rad")
 
 
-def test_a_projector_alone(tmp_path):
+@pytest.mark.parity
+def test_a_projector_alone(tmp_path, parity):
     make_llama(tmp_path / "vicuna")
     convert(tmp_path / "vicuna", "hf_llama", tmp_path / "base")
     tensors = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
@@ -277,14 +284,14 @@ def test_a_projector_alone(tmp_path):
     assert set(found) == {"llm", "projector"}
     np.testing.assert_array_equal(found["projector"]["fc1"]["kernel"], given["model.mm_projector.0.weight"].numpy().T)
     export(exported.from_run(checkpoint.load_run(tmp_path / "projector")), "llava", tmp_path / "out", "keep")
-    same_tensors(
-        sources.open_source(tmp_path / "out/mm_projector.bin"), sources.open_source(tmp_path / "mm_projector.bin")
-    )
+    files = opened(tmp_path / "out/mm_projector.bin", tmp_path / "mm_projector.bin")
+    parity.tensors("llava_rad, mm_projector.bin: in and out", "torch file", *files)
     with pytest.raises(UserError, match="holds no language model of its own: give the base"):
         convert(tmp_path / "mm_projector.bin", "llava_rad", tmp_path / "none")
 
 
-def test_peft_adapter_in_and_out(tmp_path):
+@pytest.mark.parity
+def test_peft_adapter_in_and_out(tmp_path, parity):
     peft = pytest.importorskip("peft")
     llama = make_llama(tmp_path / "hf")
     model = make_adapter(tmp_path / "adapter", llama)
@@ -293,7 +300,7 @@ def test_peft_adapter_in_and_out(tmp_path):
     convert(tmp_path / "adapter", "peft", tmp_path / "adapted", bases=[run])
     adapted = exported.from_run(checkpoint.load_run(tmp_path / "adapted"))
     export(adapted, "peft", tmp_path / "out", "keep")
-    same_tensors(sources.open_source(tmp_path / "out"), sources.open_source(tmp_path / "adapter"))
+    parity.tensors("peft: in and out", "peft save_pretrained", *opened(tmp_path / "out", tmp_path / "adapter"))
     ids = torch.arange(20)[None]
     theirs = model(ids).logits.detach()
     fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
@@ -356,7 +363,8 @@ def pixels_of(x):
     return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
-def test_merged_adapters_have_no_dtype_to_keep(tmp_path):
+@pytest.mark.parity
+def test_merged_adapters_have_no_dtype_to_keep(tmp_path, parity):
     llama = make_llama(tmp_path / "hf")
     make_adapter(tmp_path / "adapter", llama)
     convert(tmp_path / "hf", "hf_llama", tmp_path / "base")
@@ -366,8 +374,8 @@ def test_merged_adapters_have_no_dtype_to_keep(tmp_path):
         export(model, "hf", tmp_path / "out", "keep")
     # Apart, they have: weights and adapters as they came.
     export(model, "hf_adapter", tmp_path / "out", "keep")
-    same_tensors(sources.open_source(tmp_path / "out/adapter"), sources.open_source(tmp_path / "adapter"))
-    same_tensors(sources.open_source(tmp_path / "out"), sources.open_source(tmp_path / "hf"))
+    for folder, given in (("out/adapter", "adapter"), ("out", "hf")):
+        parity.tensors(f"hf_adapter, {folder}", SAVED, *opened(tmp_path / folder, tmp_path / given))
 
 
 def test_llava_rad_without_its_tower(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,11 +28,32 @@ def exported(example, out, **changes):
 def test_the_record_says_what_was_compared(plain_example, tmp_path):
     result = exported(plain_example, tmp_path / "new/bundle")
     record = json.loads((tmp_path / "new/bundle/receipt.json").read_text())
-    result = result["verified"]
-    assert record["verified"] == result and result["text_equal"] and result["max_abs_logit_diff"] <= 1e-4
+    result = result["differences"]
+    assert record["differences"] == result and result["text_equal"] and result["max_abs_logit_diff"] <= 1e-4
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bundle"]
     with pytest.raises(UserError, match="exists already"):
         exported(plain_example, tmp_path / "new/bundle")
+
+
+def test_greatest_outputs_are_those_of_pytorch(plain_example, tmp_path):
+    model = plain_example.exported()
+    record = export(model, "hf", tmp_path / "out", "float16", studies=plain_example.studies[:1], max_new_tokens=1)
+    theirs = record["differences"]["max_abs_activation"]
+    tower, decoder = ([value for name, value in theirs.items() if part in name] for part in ("vision", "language"))
+    used = model.config.vision.blocks_used
+    ours = record["max_abs_outputs"]
+    assert list(ours) == [f"vision.blocks.{i}" for i in range(used)] + [f"llm.layers.{i}" for i in range(len(decoder))]
+    # The weights PyTorch has are rounded to float16, and the adapters merged.
+    np.testing.assert_allclose(list(ours.values()), tower[:used] + decoder, rtol=5e-3)
+
+
+def test_numbers_beyond_float16_are_refused(plain_example, tmp_path):
+    params = plain_example.variables["params"]
+    loud = jax.tree.map(lambda leaf: leaf * 1e3, params["projector"])
+    variables = {**plain_example.variables, "params": {**params, "projector": loud}}
+    with pytest.raises(UserError, match=r"the output of llm\.layers\.0 reaches .* beyond float16"):
+        export(plain_example.exported(variables=variables), "hf", tmp_path / "out", "float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_a_bundle_that_differs(plain_example, tmp_path, monkeypatch):
@@ -72,7 +94,7 @@ def test_command(plain_example, tmp_path):
     assert good.returncode == 0, good.stderr
     assert "PyTorch and JAX agree on 2 studies" in good.stdout
     record = json.loads((tmp_path / "good/receipt.json").read_text())
-    assert record["provenance"]["from"] == "run" and record["provenance"]["step"] == 5
+    assert record["sources"]["run"]["step"] == 5
 
     bad = call("-c", DAMAGING, *flags, f"--out={tmp_path / 'bad'}")
     assert bad.returncode == 2

@@ -7,9 +7,9 @@ pytest.importorskip("peft")
 
 
 def test_two_layers_in_and_out(tmp_path):
-    from launch import benchmark
+    from launch.benchmarks import weights
 
-    convert, export = benchmark.weights(tmp_path / "weights", 2)
+    convert, export = weights.weights(tmp_path / "weights", 2)
     # peft adds in float16 what we add in float32 before rounding: at most one step of float16 below 0.25.
     assert export["max_abs_difference"] <= 2**-12 and export["max_abs_merged"] > 0.01
     # Streaming: a few tensors (the greatest has 262 MB) and Python itself, whatever the depth; the model has 1.3 GB.

@@ -1,53 +1,10 @@
-"""What the parity tests share: torch models with random weights, their tensors by the names on disk, and the table of differences."""
+"""What the parity tests share: torch models with random weights, and their tensors by the names on disk."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-
-from rad_jax.interop.tables import flatten
-
-FORWARD = 1e-5  # float32 rounding of two different summation orders, at activations of size 1 to 10
-GRADIENT = 1e-4  # the same through the backward pass, relative
-
-
-class Parity:
-    """Compares, and keeps a row for the table that is printed at the end of the run."""
-
-    def __init__(self, node: pytest.Item):
-        self._node = node
-
-    def forward(self, what: str, against: str, ours: Any, theirs: Any, tolerance: float = FORWARD) -> None:
-        """Largest absolute difference, over arrays of the same shape."""
-        ours, theirs = np.asarray(ours), np.asarray(theirs)
-        assert ours.shape == theirs.shape
-        self._row(what, against, float(np.abs(ours - theirs).max()), tolerance, "absolute")
-
-    def gradients(self, what: str, against: str, ours: Any, theirs: Any, tolerance: float = GRADIENT) -> None:
-        """Largest difference of each leaf relative to its largest entry, or to a hundredth of the largest gradient anywhere.
-
-        The floor is for gradients that are zero but for rounding, such as the key bias's (a softmax does not see a constant).
-        """
-        mine, other = flatten(ours), flatten(theirs)
-        assert mine.keys() == other.keys()
-        floor = 1e-2 * max(np.abs(g).max() for g in other.values())
-        assert floor > 0
-        worst = max(np.abs(mine[path] - g).max() / max(np.abs(g).max(), floor) for path, g in other.items())
-        self._row(what, against, float(worst), tolerance, "relative")
-
-    def equal(self, what: str, against: str, ours: Any, theirs: Any) -> None:
-        """Equal lists of ids."""
-        self._row(what, against, float(list(ours) != list(theirs)), 0.0, "ids equal")
-
-    def _row(self, what: str, against: str, difference: float, tolerance: float, kind: str) -> None:
-        self._node.user_properties.append(("parity", [what, against, difference, tolerance, kind]))
-        assert difference <= tolerance, f"{what} against {against}: {difference:.2e} is over {tolerance:.0e} ({kind})"
-
-
-@pytest.fixture
-def parity(request: pytest.FixtureRequest) -> Parity:
-    return Parity(request.node)
 
 
 @pytest.fixture
@@ -98,18 +55,3 @@ def state(model: Any, gradients: bool = False) -> dict[str, np.ndarray]:
 @pytest.fixture(name="state")
 def state_fixture() -> Callable[..., dict[str, np.ndarray]]:
     return state
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "parity"]
-    if not rows:
-        return
-    terminalreporter.section("parity")
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    terminalreporter.line(f"{'what':{widths[0]}}  {'against':{widths[1]}}  difference  tolerance")
-    for what, against, difference, tolerance, kind in rows:
-        verdict = "" if difference <= tolerance else "  OVER"
-        terminalreporter.line(
-            f"{what:{widths[0]}}  {against:{widths[1]}}  {difference:10.1e}  {tolerance:9.0e}  {kind}{verdict}"
-        )

@@ -1,0 +1,315 @@
+"""Several processes as one job, as on a pod, on one machine: training, its end when a process is killed, and what reads a run.
+
+Their collectives go through Gloo. Every process is `python -m launch.COMMAND` with the flags a user would give.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from rad_jax import checkpoint, distributed, errors, metrics, sharding
+from rad_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+import json
+from pathlib import Path
+import ml_collections
+
+def get_config(name):
+    return ml_collections.ConfigDict(json.loads(Path(__file__).with_name(f"{name}.json").read_text()))
+"""
+# Runs a command whose process kills itself when it is asked for its sixth batch.
+VICTIM = """
+import os, runpy, signal, sys
+from rad_jax import input_pipeline, train
+
+after, sys.argv = int(sys.argv[1]), sys.argv[2:]
+take = train.Meter.next
+
+def next_(self, batches):
+    global after
+    if not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    after -= 1
+    return take(self, batches)
+
+train.Meter.next = next_
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    status: int
+    text: str
+
+
+class Jobs:
+    """Starts commands as several processes."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        (folder / "tiny.py").write_text(CONFIG)
+
+    def config(self, config, name):
+        """The flag that gives an experiment to a command."""
+        (self._folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
+        return f"--config={self._folder / 'tiny.py'}:{name}"
+
+    def start(self, processes, devices, command, *arguments, victim=None):
+        """Processes of one job, or one process alone; `victim` is the process that kills itself."""
+        environment = dict(os.environ)
+        # Compiling takes far longer than running, so it may do without polishing the code.
+        quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {quickly}"
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(self._folder / "compiled")
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        job = []
+        for index in range(processes):
+            several = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+            several = [*several, f"--process_id={index}"] if processes > 1 else []
+            run = ["-c", VICTIM, "5", f"launch.{command}"] if index == victim else ["-m", f"launch.{command}"]
+            job.append(
+                subprocess.Popen(
+                    [sys.executable, *run, *arguments, *several],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        return job
+
+    def end(self, job, seconds=600.0):
+        """Waits for the processes of a job and says how they ended."""
+        try:
+            texts = [process.communicate(timeout=seconds)[0] for process in job]
+        finally:
+            for process in job:
+                process.kill()
+        return [Ended(process.returncode, text) for process, text in zip(job, texts, strict=True)]
+
+    def run(self, processes, devices, command, *arguments):
+        """What the processes wrote, after all have ended well."""
+        ended = self.end(self.start(processes, devices, command, *arguments))
+        for process in ended:
+            assert process.status == 0, process.text
+        return [process.text for process in ended]
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    return Jobs(tmp_path)
+
+
+def mesh_flags(data, fsdp, tensor):
+    return [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+
+
+def same_run(found: Path, expected: Path, resumed: bool = False):
+    """Losses and weights of two runs, and what was counted in their batches: bad rows since the last start.
+
+    float32 sums over devices come in another order: 1e-5 relative in a loss. For weights see test_sharding.py.
+    """
+    rows, others = metrics.read(found), metrics.read(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for name in ("loss", "grad_norm", "accuracy", "lr"):
+        mine, theirs = ([row[name] for row in r] for r in (rows, others))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4 if name == "grad_norm" else 1e-5, err_msg=name)
+    for name in () if resumed else ("bad_rows", "truncated_rows"):
+        assert [row[name] for row in rows] == [row[name] for row in others]
+    tokens, expected_tokens = ([row["tokens_per_s"] * row["step_time_s"] for row in r] for r in (rows, others))
+    np.testing.assert_allclose(tokens, expected_tokens)
+    step = str(rows[-1]["step"])
+    weights, expected_weights = (
+        flatten_dict(checkpoint.read_trainable(run / "checkpoints" / step), sep="/") for run in (found, expected)
+    )
+    assert weights.keys() == expected_weights.keys()
+    for path in weights:
+        if not path.endswith("attn/k/bias"):
+            difference = np.abs(weights[path] - expected_weights[path])
+            assert difference.mean() < 2e-5 and difference.max() < 3e-3, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "bases", "processes", "mesh"),
+    [
+        ("stage1", [], 2, (2, 4, 1)),
+        ("stage2", ["lm", "stage1"], 2, (1, 1, 8)),  # both processes hold all rows
+        ("stage3", ["stage2"], 2, (2, 2, 2)),
+        ("lm", [], 4, (4, 2, 1)),
+    ],
+)
+def test_processes_learn_what_one_learns(training, chain, jobs, tmp_path, stage, bases, processes, mesh):
+    """The whole command: data, steps, checkpoints and the numbers it logs."""
+    config = jobs.config(training.config(stage), stage)
+    base = [f"--base={','.join(str(chain / name) for name in bases)}"] if bases else []
+    workdir = tmp_path / "run"
+    arguments = [config, f"--data={training.corpus}", f"--workdir={workdir}", *base, *mesh_flags(*mesh)]
+    texts = jobs.run(processes, 8 // processes, "train", *arguments)
+    same_run(workdir, chain / stage)
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in (chain / stage).iterdir()}
+    assert f"processes: {processes}" in texts[0]
+    assert not any("trainable" in text or "step 1/" in text for text in texts[1:])  # one process speaks
+
+
+@pytest.mark.slow
+def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
+    """Findings in the corpus's order, ranks and attention maps."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    data = f"--data={training.corpus}"
+    for out, processes, devices in ((one, 1, 1), (two, 2, 4)):
+        writes = [f"--checkpoint={chain / 'stage3'}", data, "--split=train", "--max_new_tokens=6", "--batch_size=8"]
+        jobs.run(processes, devices, "generate", *writes, f"--out={out / 'predictions.jsonl'}")
+        ranks = [f"--checkpoint={chain / 'stage1'}", data, "--split=train", "--batch_size=8"]
+        jobs.run(processes, devices, "retrieve", *ranks, f"--out={out / 'retrieval.json'}")
+        known = tmp_path / "known.jsonl"
+        rows = [json.loads(line) for line in (one / "predictions.jsonl").read_text().splitlines()]
+        known.write_text("".join(json.dumps({**row, "prediction": row["reference"]}) + "\n" for row in rows))
+        looks = [f"--checkpoint={chain / 'stage3'}", data, f"--predictions={known}", "--batch_size=8"]
+        jobs.run(processes, devices, "ground", *looks, f"--out={out / 'grounding'}")
+    assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
+    assert len(rows) > 8
+    assert (two / "retrieval.json").read_text() == (one / "retrieval.json").read_text()
+    assert (two / "grounding/grounding.json").read_text() == (one / "grounding/grounding.json").read_text()
+    maps, expected = (np.load(out / "grounding/maps.npz") for out in (two, one))
+    assert maps.files == expected.files
+    for name in maps.files:
+        np.testing.assert_allclose(maps[name], expected[name], atol=1e-6)  # shares of attention, float32
+
+
+@pytest.mark.slow
+def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_path):
+    """SIGKILL in step 6 of 8: the other process says so and ends; started again, the job ends as one that was not interrupted."""
+    config = training.config("lm", steps=8)
+    training.run(config, tmp_path / "whole")
+    workdir = tmp_path / "parts"
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={workdir}", *mesh_flags(2, 4, 1)]
+    job = jobs.start(2, 4, "train", *arguments, victim=1)
+    assert job[1].wait(timeout=600) == -signal.SIGKILL
+    killed = time.monotonic()
+    (survivor, _) = jobs.end(job)
+    assert time.monotonic() - killed < 120
+    # Either a collective fails, and we say it, or it hangs until JAX misses the process, says so and aborts.
+    assert survivor.status in (distributed.RESTART, -signal.SIGABRT), survivor.text
+    assert re.search(r"another (process of this job has ended: see|task died; see)", survivor.text), survivor.text
+    assert "Traceback" not in survivor.text
+
+    text = jobs.run(2, 4, "train", *arguments)[0]
+    assert re.search("resumed at step [24]", text)  # the save at step 4 may not have been whole yet
+    same_run(workdir, tmp_path / "whole", resumed=True)
+
+
+def test_flags_of_a_job(monkeypatch):
+    """Those that belong to --multihost are not taken silently without it."""
+    from absl import flags
+
+    values = flags.FlagValues()
+    for define in (flags.DEFINE_boolean, flags.DEFINE_string, flags.DEFINE_integer):
+        monkeypatch.setattr(
+            flags, define.__name__, lambda *a, _define=define, **k: _define(*a, flag_values=values, **k)
+        )
+    monkeypatch.setattr(flags, "FLAGS", values)
+    distributed.define_flags()
+    values(["command", "--num_processes=2"])
+    with pytest.raises(UserError, match="belong to --multihost: add it"):
+        distributed.join()
+    values(["command", "--multihost", "--process_id=3", "--num_processes=2", "--coordinator=localhost:1"])
+    with pytest.raises(
+        UserError, match=r"cannot join its job \(process_id and num_processes must be .*give --coordinator"
+    ):
+        distributed.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Gloo all-reduce failed: Connection closed by peer"), True),
+        (ValueError("barrier"), False),
+        (RuntimeError("out of memory"), False),
+    ],
+)
+def test_loss_of_a_process_is_told_from_other_errors(error, said):
+    assert distributed._says_lost(error) == said
+    outer = KeyError("restoring")
+    outer.__cause__ = error
+    assert distributed._says_lost(outer) == said
+
+
+def test_one_process_alone_ends_as_ever():
+    """`leave` and `end` are for processes of a job."""
+    distributed.end(ValueError())
+    distributed.leave(3, grace=0)
+    with pytest.raises(SystemExit) as ended:
+        errors.fail("wrong")
+    assert ended.value.code == 2
+
+
+class Device:
+    """Of a machine that is not here."""
+
+    platform = "cpu"
+
+    def __init__(self, index, process, slice_index=0):
+        self.id, self.process_index, self.slice_index = index, process, slice_index
+        self.device_kind = "fake"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "processes", "share"),
+    [
+        ((1, 8, 1), 2, [0, 1]),
+        ((2, 2, 2), 4, [0, 1, 2, 3]),
+        ((1, 1, 8), 2, [0, 0]),
+        ((1, 2, 4), 4, [0, 0, 1, 1]),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_share(monkeypatch, mesh, processes, share):
+    devices = [Device(index, index * processes // 8) for index in range(8)]
+    data, fsdp, tensor = mesh
+    placed = sharding.make_mesh(data, fsdp, tensor, devices)
+    found = []
+    for process in range(processes):
+        monkeypatch.setattr(sharding.jax, "process_index", lambda process=process: process)
+        found.append(sharding.process_share(placed))
+    assert found == [(part, max(share) + 1) for part in share]
+
+
+def test_tensor_axis_across_part_of_a_process():
+    devices = [Device(index, index // 3) for index in range(6)]
+    with pytest.raises(UserError, match="tensor=2 cuts across processes"):
+        sharding.process_share(sharding.make_mesh(1, 3, 2, devices=devices))
+
+
+def test_slices_are_the_outermost_part_of_data():
+    """Two slices of four devices: fsdp and tensor stay inside one."""
+    devices = [Device(index, index // 2, slice_index=index // 4) for index in range(8)]
+    mesh = sharding.make_mesh(4, 1, 2, devices=devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices[:, 0, 0], [0, 0, 1, 1])
+    assert (slices == slices[:, :1, :1]).all()
+    with pytest.raises(
+        UserError, match=r"data=1 but these devices are 2 slices: set --config.mesh.data to a multiple of 2"
+    ):
+        sharding.make_mesh(1, 8, 1, devices=devices)
