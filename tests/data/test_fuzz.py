@@ -73,7 +73,7 @@ def film_bytes(kind: str, folder: Path) -> bytes:
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.UID("1.2.3")
     dataset = pydicom.Dataset()
     dataset.file_meta = meta
     dataset.Rows, dataset.Columns = pixels.shape
