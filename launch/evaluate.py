@@ -163,7 +163,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
     flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent training report and the nearest thumbnail's."
+        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
     )
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
     flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
