@@ -5,13 +5,15 @@
     python -m launch.evaluate PREDS.jsonl --out=DIR --data=CORPUS --baselines
     python -m launch.evaluate PREDS.jsonl --out=DIR --labels=REFERENCES.csv,PREDICTIONS.csv --require=chexbert_micro_14
 
-A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are systems: scored on
-the studies that all of them hold, each compared with the first, paired. --profile is one or more of native, llava-rad, radeval, rexrank,
-r2gen, maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
-warnings; --labels gives label files (of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
+A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are
+systems: scored on the studies that all of them hold, each compared with the first, paired. Predictions that launch.generate
+wrote with --pixels=noise or --pixels=shuffled, put beside the real ones, show how much of a score needs the image.
+--profile is one or more of native, llava-rad, radeval, rexrank, r2gen, maira: the same name is another number in each, and
+every number's signature says how it was made. Metrics that need weights are listed as warnings; --labels gives label files
+(of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
-With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn. per_report.jsonl
-has every report's own score.
+With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
+per_report.jsonl has every report's own score.
 """
 
 import csv
@@ -161,7 +163,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
     flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent training report and the nearest thumbnail's."
+        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
     )
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
     flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")

@@ -60,7 +60,7 @@ PREDICTIONS = {"a": LEFT, "b": LEFT, "c": CLEAR, "d": ""}
 
 
 class MemoryCorpus(Corpus):
-    def source(self, split: str, selection: str = "all") -> Any:
+    def source(self, split: str) -> Any:
         return RECORDS[split]
 
 
@@ -209,12 +209,10 @@ def test_subgroups(tmp_path: Path) -> None:
     assert found == {("view", "PA"): (1.0, 22), ("view", "AP"): (0.0, 23)}  # 15 women are too few
     text = (tmp_path / "out" / "results.md").read_text()
     assert "view: PA" in text and "Behind the averages" in text
-    for content, message in (("x\n", "no column 'id'"), (None, "no groups at")):
-        path = tmp_path / f"{len(message)}.csv"
-        if content:
-            path.write_text(content)
+    (tmp_path / "no_id.csv").write_text("x\n")
+    for name, message in (("no_id.csv", "no column 'id'"), ("absent.csv", "no groups at")):
         with pytest.raises(UserError, match=message):
-            command.read_groups(path)
+            command.read_groups(tmp_path / name)
 
 
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
