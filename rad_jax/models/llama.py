@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from rad_jax.lora import LoraSpec
-from rad_jax.models.attention import Impl, attend, attention_weights
+from rad_jax.models.attention import Impl, attend, attend_cached, attention_weights
 from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
 
 Array = jax.Array
-Cache = tuple[Array, Array]
+Cache = tuple[Array, Array]  # keys and values, [B, K, T, H] of one layer, [L, B, K, T, H] of all
+Caches = Cache | tuple[Cache, ...]  # of all layers, stacked or apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of the decoder."""
+    """Shape of the decoder. Its layers are scanned over stacked variables `layers`; not `stacked`, they are `layers_0` and so on."""
 
     vocab_size: int
     width: int
@@ -53,6 +54,7 @@ class LlamaConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    stacked: bool = True
     attention: Impl = "xla"
 
     @property
@@ -101,14 +103,8 @@ def _scaled(frequencies: Array, scaling: RopeScaling | None) -> Array:
     return (1 - kept) * lowered + kept * frequencies
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int) -> Cache:
-    """Keys and values of all layers, zeros [L, B, length, K, H] each."""
-    shape = (config.depth, batch, length, config.kv_heads, config.head_dim)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-
-
 class SelfAttention(nn.Module):
-    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it."""
+    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it and itself."""
 
     config: LlamaConfig
     lora: LoraSpec | None
@@ -125,17 +121,16 @@ class SelfAttention(nn.Module):
         k = rope(heads("k", c.kv_heads, "kv_heads"), step.positions, c.rope_theta, c.rope_scaling)
         v = heads("v", c.kv_heads, "kv_heads")
         if cache is None:
+            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
             y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)
             if self.is_mutable_collection("attention") and not self.is_initializing():
                 self.sow("attention", "weights", attention_weights(q, k, step.lengths, causal=True))
         else:
-            rows = jnp.arange(x.shape[0])
-            here = step.positions[:, 0]
-            k = cache[0].at[rows, here].set(k[:, 0])
-            v = cache[1].at[rows, here].set(v[:, 0])
-            y = attend(q, k, v, here + 1, causal=False)
+            rows, here = jnp.arange(x.shape[0]), step.positions[:, 0]
+            keys, values = cache[0].at[rows, :, here].set(k[:, 0]), cache[1].at[rows, :, here].set(v[:, 0])
+            y = attend_cached(q, keys, values, here + 1)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
-        return y, (k, v)
+        return y, (keys, values)
 
 
 class SwiGlu(nn.Module):
@@ -176,7 +171,10 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         self.embed = Embed(c.vocab_size, c.width, dtype=dtype)
-        self.layers = scanned(Block, c.depth, c.remat, c.unroll)(c, self.lora)
+        if c.stacked:
+            self.layers = scanned(Block, c.depth, c.remat, c.unroll)(c, self.lora)
+        else:
+            self.layers = [Block(c, self.lora) for _ in range(c.depth)]
         self.norm = RMSNorm(c.eps, dtype)
         self.head = Dense((c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=dtype)
 
@@ -184,14 +182,20 @@ class Llama(nn.Module):
         """int32[B, T] -> [B, T, D]."""
         return self.embed(tokens)
 
-    def decode(self, x: Array, step: Step, cache: Cache | None = None) -> tuple[Array, Cache]:
-        """Embeddings [B, S, D] through the layers and the final norm.
+    def decode(self, x: Array, step: Step, cache: Caches | None = None) -> tuple[Array, Caches]:
+        """Embeddings [B, S, D] through the layers and the final norm; with a cache S is 1.
 
         Returns:
             Hidden states [B, S, D], and keys and values of all layers: of these S tokens without a cache, the updated cache with one.
         """
-        x, cache = self.layers(x, cache, step)
-        return self.norm(x), cache
+        if self.config.stacked:
+            x, cache = self.layers(x, cache, step)
+            return self.norm(x), cache
+        caches = []
+        for layer, past in zip(self.layers, cache or (None,) * self.config.depth, strict=True):
+            x, new = layer(x, past, step)
+            caches.append(new)
+        return self.norm(x), tuple(caches)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] -> float32 [..., V]."""
