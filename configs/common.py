@@ -24,10 +24,12 @@ def experiment(
             "model": model,
             "trainable": trainable,
             "frozen_dtype": "float32",
-            "data": {"split": "train", "frontal_only": True, "num_threads": 2, "target_length": 0, **data},
+            "data": {"split": "train", "selection": "frontal", "num_threads": 2, "target_length": 0, **data},
             "steps": steps,
             "batch_size": batch_size,
             "num_micro": 1,
+            "compiler_options": {},
+            "dropout_bits": "threefry2x32",
             "optimizer": {
                 "peak_lr": 1e-3,
                 "warmup_ratio": 0.03,

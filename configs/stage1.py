@@ -49,9 +49,9 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
     # 512: head.proj.weight of the released tower.
     # open_clip's default loss; --config.model.loss=sigmoid is SigLIP's.
     model = {"vision": VISION, "text": TEXT, "embed_dim": 512, "loss": "softmax"}
-    # Ours: 256 tokens. frontal_only is ours too: the paper's filter of views is not published. "random" is open_clip's training crop,
+    # Ours: 256 tokens. The frontal films are ours too: the paper's filter of views is not published. "random" is open_clip's training crop,
     # "centre" shows the tower what stages 2 and 3 will.
-    data = {"template": "clip", "text_length": 256, "frontal_only": True, "crop": "random"}
+    data = {"template": "clip", "text_length": 256, "selection": "frontal", "crop": "random"}
     steps = PAIRS * EPOCHS // BATCH
     config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=BATCH)
     # Ours: open_clip's AdamW for vision transformers; the warmup is shorter than its 10,000 steps.

@@ -47,11 +47,11 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
     """The experiment on a machine of configs/hardware.py."""
     data = {
         "template": "plain",  # script
-        # Ours; the original cuts the words at 2,048. 552 words and 1,369 patches in place of one are a row of 1,920 = 15 x 128, and
-        # findings of up to 550 tokens are kept whole.
-        "text_length": 552,
-        "target_length": 550,
-        "frontal_only": True,  # the original's films are AP and PA
+        # Ours; the original cuts the words at 2,048. 424 words and 1,369 patches in place of one are a row of 1,792, as in stage 3, and
+        # findings of up to 422 tokens, some 230 words, are kept whole.
+        "text_length": 424,
+        "target_length": 422,
+        "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": FEATURES, "llm": LLM}
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563

@@ -1,7 +1,7 @@
 """Packs a corpus: builds it beside its place, adds tokenizer and manifest, and moves it there whole.
 
-A corpus folder holds the TFDS ArrayRecord data set, `corpus.json` (what it is), `skipped.csv` (what was left out and
-why) and the tokenizer. Until everything is written it lies in a hidden folder beside, so nothing half-written is found.
+A corpus folder holds the TFDS ArrayRecord data set, `corpus.json` (what it is), `index` (the rows of every selection),
+`skipped.csv` (what was left out and why) and the tokenizer. Until everything is written it lies in a hidden folder beside, so nothing half-written is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,16 @@ import numpy as np
 import PIL
 import tensorflow_datasets as tfds
 from absl import logging
+from PIL import features as pillow_features
 
 import rad_jax
-from data.folder.builder import Folder, find_csv
-from data.phantom.builder import Phantom
+from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder
+from data.selections import duplicates, write_indices
 from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
 
 MANIFEST = "corpus.json"
-DATASETS = ("phantom", "folder")
 _LEAST_STUDIES, _LEAST_IMAGE = 10, 16
 
 
@@ -43,8 +44,8 @@ class Arguments:
     """What decides a corpus: two packs with equal arguments write the same corpus.
 
     Attributes:
-        dataset: one of `DATASETS`.
-        source: folder or CSV of the data set "folder", None for the phantom.
+        dataset: one of `corpora.CORPORA`.
+        source: the folder that holds the corpus as its publisher lays it out; None for the phantom.
         image_size: short side of the stored images, in pixels.
         studies: number of phantom studies; seed: of the phantom.
         tokenizer: a file to copy, or None to train one of `vocab_size` pieces.
@@ -60,10 +61,9 @@ class Arguments:
 
     def check(self) -> None:
         """Raises UserError when these cannot be packed."""
-        if self.dataset not in DATASETS:
-            raise UserError(f"--dataset={self.dataset}: unknown data set: use one of {', '.join(DATASETS)}.")
-        if self.dataset == "folder" and not self.source:
-            raise UserError("--dataset=folder needs --source, a folder with images and a CSV: give one.")
+        builder_class(self.dataset)
+        if self.dataset != "phantom" and not self.source:
+            raise UserError(f"--dataset={self.dataset} needs --source, the folder that holds it: give one.")
         if self.dataset == "phantom" and self.source:
             raise UserError("--dataset=phantom is drawn and takes no --source: leave it out.")
         for name, value, least in (
@@ -80,18 +80,22 @@ class Arguments:
         if self.dataset == "phantom":
             known |= {"studies": self.studies, "seed": self.seed}
         else:
-            known["source_csv"] = _sha256(find_csv(Path(self.source or "")))
+            defining = builder_class(self.dataset).defining(Path(self.source or ""))
+            known["source"] = _sha256_of(defining)
         if self.tokenizer:
             return known | {"tokenizer": _sha256(Path(self.tokenizer))}
         return known | {"vocab_size": self.vocab_size}
 
     def builder(self, data_dir: Path, workers: int, progress: bool) -> CorpusBuilder:
         """The TFDS builder of this data set."""
-        common: dict[str, Any] = {"data_dir": data_dir, "workers": workers, "progress": progress}
-        common["image_size"] = self.image_size
-        if self.dataset == "phantom":
-            return Phantom(studies=self.studies, seed=self.seed, **common)
-        return Folder(source=self.source or "", **common)
+        options: dict[str, Any] = {"image_size": self.image_size}
+        options |= (
+            {"studies": self.studies, "seed": self.seed} if self.dataset == "phantom" else {"source": self.source}
+        )
+        made: CorpusBuilder = builder_class(self.dataset)(
+            data_dir=data_dir, workers=workers, progress=progress, **options
+        )
+        return made
 
 
 def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -> tuple[dict[str, Any], bool]:
@@ -112,12 +116,12 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
     arguments.check()
     out = out.expanduser().absolute()
     if out.exists():
-        found = _existing(out, arguments.identity())
+        found = existing(out, arguments.identity())
         if found:
             return found, False
     if arguments.tokenizer:
         prompts.load_tokenizer(arguments.tokenizer)  # before the long work, not after it
-    with _staging(out) as folder:
+    with staging(out) as folder:
         builder = arguments.builder(folder, workers, progress)
         _build(builder, folder)
         manifest = _manifest(arguments, builder, folder, _tokenizer(arguments, builder, folder))
@@ -127,7 +131,7 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
     return manifest, True
 
 
-def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the finished corpus in `out` if it has these arguments; None if `out` is an empty folder."""
     path = out / MANIFEST
     if not path.is_file():
@@ -148,7 +152,7 @@ def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staging(out: Path) -> Iterator[Path]:
     """A folder beside `out` to build in, removed at the end; what a killed pack left there is removed first.
 
     A file lock, which the system drops with the process, tells a running pack from a killed one.
@@ -205,6 +209,9 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
     provenance = {
         "rad_jax": rad_jax.__version__,
         "pillow": PIL.__version__,
+        # What turned the films' bytes into pixels.
+        "decoders": {codec: pillow_features.version(codec) for codec in ("jpg", "libjpeg_turbo", "zlib")}
+        | {package: metadata.version(package) for package in ("pydicom", "python-gdcm")},
         "numpy": np.__version__,
         "tensorflow_datasets": tfds.__version__,
     }
@@ -212,17 +219,31 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
         provenance["seed"] = arguments.seed
     else:
         provenance["source"] = str(arguments.source)
+    splits = {split: builder.written[split] for split in SPLITS}
+    selections = write_indices(builder, builder.selections, splits, folder)
     return {
         "format_version": rad_jax.FORMAT_VERSION,
         "dataset": arguments.dataset,
         "builder_dir": str(Path(builder.data_dir).relative_to(folder)),
         "image_size": arguments.image_size,
         "tokenizer": tokenizer,
-        "splits": {split: builder.written[split] for split in SPLITS},
+        "splits": splits,
+        "selections": selections,
+        "published": {
+            name: {
+                split: {"rows": selections[name]["splits"][split]["rows"], "published": count}
+                for split, count in of_split.items()
+            }
+            for name, of_split in builder.published.items()
+            if name in selections
+        },
         "summary": {
             "read": written + len(builder.skipped),
             "written": written,
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
+            "counts": dict(builder.counts),
+            "duplicate_images": duplicates(folder, SPLITS),
+            "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),
         },
         "fingerprint": _fingerprint(Path(builder.data_dir)),
         "arguments": arguments.identity(),
@@ -236,6 +257,13 @@ def _fingerprint(builder_dir: Path) -> str:
     for shard in sorted(p for p in builder_dir.iterdir() if ".array_record" in p.name):
         total.update(f"{shard.name} {_sha256(shard)}\n".encode())
     return total.hexdigest()
+
+
+def _sha256_of(paths: Sequence[Path]) -> str:
+    """SHA-256 over names and contents of some files; of one file, that of its contents."""
+    if len(paths) == 1:
+        return _sha256(paths[0])
+    return hashlib.sha256("".join(f"{path.name} {_sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What one record of a corpus is, and the TFDS builder that every corpus derives from.
+"""What one record of a corpus is, and the TFDS builders that every corpus derives from.
 
 A record is one image (8-bit grey PNG, short side at training size) with all its texts, ids, labels and provenance.
 Nothing here needs TensorFlow: the image feature is given encoded bytes, and shards are written as ArrayRecord.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +22,12 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from data.labels import CHEXPERT, NOT_STATED
+from data.selections import COMMON, Selection
+from rad_jax import images
 from rad_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+REPORT = "report"  # the method of a text that is as its source has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +40,50 @@ class Skip:
 
 
 def features() -> tfds.features.FeaturesDict:
-    """The features of every corpus; an absent text is empty.
+    """The features of every corpus; what is not known is an empty text, an age of -1.
 
-    `labels` follow `CHEXPERT`: 1 positive, 0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with
-    one object per finding: finding, side, size, place, box [x0, y0, x1, y1] in pixels of the stored image.
+    `texts` is a JSON list, one object for each text that the film has, as `text` makes it. `labels` follow `CHEXPERT`: 1 positive,
+    0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with one object per finding: finding, side, size, place,
+    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years.
     """
-    texts = ("id", "patient", "study", "view", "indication", "findings", "impression", "annotations", "source")
+    strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source")
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
-            **{name: tfds.features.Text() for name in texts},
+            **{name: tfds.features.Text() for name in strings},
             "frontal": tfds.features.Scalar(dtype=np.bool_),
+            "age": tfds.features.Scalar(dtype=np.int32),
             "orig_height": tfds.features.Scalar(dtype=np.int32),
             "orig_width": tfds.features.Scalar(dtype=np.int32),
             "labels": tfds.features.Tensor(shape=(len(CHEXPERT),), dtype=np.int8),
         }
     )
+
+
+def text(
+    findings: str | None,
+    *,
+    impression: str | None = None,
+    indication: str | None = None,
+    method: str = REPORT,
+    prompt: str | None = None,
+) -> dict[str, str | None]:
+    """One text of a film; None is absent, and an empty indication is not an absent one.
+
+    `method` says how the text was made; `prompt` is a question that the source gives with it.
+    """
+    return {
+        "method": method,
+        "findings": findings,
+        "impression": impression,
+        "indication": indication,
+        "prompt": prompt,
+    }
+
+
+def boxed(finding: str, box: Sequence[float], side: str | None = None) -> dict[str, Any]:
+    """An annotation of a published box [x0, y0, x1, y1]."""
+    return {"finding": finding, "side": side, "size": None, "place": None, "box": list(box)}
 
 
 def record(
@@ -60,13 +93,14 @@ def record(
     patient: str,
     study: str,
     view: str,
-    findings: str,
+    frontal: bool,
+    texts: Sequence[Mapping[str, str | None]],
     source: str,
     shape: Sequence[int],
-    indication: str = "",
-    impression: str = "",
+    sex: str = "",
+    age: int = -1,
     labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT),
-    annotations: Sequence[dict[str, Any]] = (),
+    annotations: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """One record as `features` wants it; `image` is an encoded PNG and `shape` (Y, X) of the original film."""
     return {
@@ -75,10 +109,10 @@ def record(
         "patient": patient,
         "study": study,
         "view": view,
-        "frontal": "lateral" not in view.lower(),
-        "indication": indication,
-        "findings": findings,
-        "impression": impression,
+        "frontal": frontal,
+        "sex": sex,
+        "age": age,
+        "texts": json.dumps(list(texts)),
         "labels": np.asarray(labels, np.int8),
         "annotations": json.dumps(list(annotations)),
         "source": source,
@@ -87,12 +121,50 @@ def record(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A film on disk with what is known of it; fields as in `features`, boxes in pixels of the film itself."""
+
+    path: Path
+    id: str
+    patient: str
+    study: str
+    view: str
+    frontal: bool
+    texts: Sequence[Mapping[str, str | None]]
+    source: str = ""
+    sex: str = ""
+    age: int = -1
+    labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT)
+    annotations: Sequence[Mapping[str, Any]] = ()
+
+
+def make(film: Film, size: int) -> dict[str, Any] | Skip:
+    """The record of a film, its short side scaled to `size` pixels, or why there is none."""
+    try:
+        pixels = images.load_grey(film.path)
+    except UserError:
+        return Skip(film.id, film.path.name, "unreadable image")
+    small = images.resize_short(pixels, size)
+    scale = [small.shape[1] / pixels.shape[1], small.shape[0] / pixels.shape[0]] * 2
+    boxed = [
+        {**a, "box": [round(v * s, 1) for v, s in zip(a["box"], scale, strict=True)]} if a.get("box") else {**a}
+        for a in film.annotations
+    ]
+    known = {field.name: getattr(film, field.name) for field in dataclasses.fields(film) if field.name != "path"}
+    return record(image=images.encode_png(small), shape=pixels.shape, **known | {"annotations": boxed})
+
+
 class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     """Base of the builders: splits of jobs in, records or skips out, over a pool of processes.
 
-    A subclass gives `jobs` and `maker`. After `download_and_prepare`, `skipped` lists what was left out and `written`
-    counts the records of each split.
+    A subclass gives `jobs` and `maker`. After `download_and_prepare`, `skipped` lists what was left out, `written`
+    counts the records of each split, and `counts` is what else the corpus counted of its input.
     """
+
+    selections: ClassVar[Mapping[str, Selection]] = COMMON
+    # Selection -> split -> rows, where its authors say so.
+    published: ClassVar[Mapping[str, Mapping[str, int]]] = {}
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
@@ -104,6 +176,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
         self.workers, self.progress = workers, progress
         self.skipped: list[Skip] = []
         self.written: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.training_text: list[tuple[str, str]] = []  # (indication, findings) of the training records
         super().__init__(**kwargs)
 
@@ -139,7 +212,8 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
                 continue
             self.written[split] += 1
             if split == "train":
-                self.training_text.append((result["indication"], result["findings"]))
+                texts = json.loads(result["texts"])
+                self.training_text += [(t["indication"] or "", t["findings"] or t["impression"] or "") for t in texts]
             yield result["id"], result
         if not self.written[split]:
             # TFDS would stop on an empty split with an error of its own, which says nothing about the cause.
@@ -148,6 +222,40 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
                 f"split {split!r}: none of its {len(jobs)} inputs could be used (skipped: {dict(reasons)}): "
                 "mend the images, or leave the split out."
             )
+
+
+class SourceBuilder(CorpusBuilder):
+    """Base of the builders that read films from a folder; a subclass gives `defining` and `jobs`, which makes a `Film` of each."""
+
+    def __init__(self, *, source: str | Path, image_size: int, **kwargs: Any):
+        """Args: source: the folder; image_size: pixels of the stored images' short side."""
+        self.source, self.image_size = Path(source), image_size
+        super().__init__(**kwargs)
+
+    @classmethod
+    @abc.abstractmethod
+    def defining(cls, source: Path) -> list[Path]:
+        """The files that say what the corpus holds, in order, images left out.
+
+        Raises:
+            UserError: one that must be there is not; names it.
+        """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, description=self.__doc__ or "", features=features())
+
+    def maker(self) -> Callable[[Film], dict[str, Any] | Skip]:
+        return functools.partial(make, size=self.image_size)
+
+    def present(self, films: Iterable[Film]) -> list[Film]:
+        """The films whose file is there; the others are skipped."""
+        found = []
+        for film in films:
+            if film.path.is_file():
+                found.append(film)
+            else:
+                self.skipped.append(Skip(film.id, film.path.name, "missing image"))
+        return found
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import page
+from evaluation import page, report
 from evaluation.corpus import ANNOTATED, records_of
 from evaluation.overlay import overlay
 from evaluation.report import Parser, findings_of_annotations
@@ -28,31 +28,29 @@ FLOORS = {"findings_macro_f1": 0.60, "laterality_accuracy": 0.85, "retrieval_r5"
 def summarise(out: Path, seconds: dict[str, float], install_seconds: float | None) -> dict[str, Any]:
     """The numbers of a demo; those that need a corpus with known truth are absent otherwise."""
     results = {pixels: _read(out / f"evaluation_{pixels}/results.json") for pixels in ("real", "noise", "shuffled")}
-    systems = results["real"]["systems"]
     retrieval, grounding = _read(out / "retrieval.json"), _read(out / "grounding/grounding.json")
     verified = _read(out / "bundle/receipt.json")["differences"]
-    summary: dict[str, Any] = {"studies": results["real"]["rows"]["scored"]}
-    if "findings" in systems["prediction"]:
-        scores = systems["prediction"]["findings"]
+    summary: dict[str, Any] = {"studies": results["real"]["inputs"][0]["n"]}
+    if (macro := report.lookup(results["real"], "finding_macro_f1")) is not None:
+        laterality = report.lookup(results["real"], "laterality") or {}
         summary |= {
-            "findings_macro_f1": scores["macro_f1"]["value"],
-            "findings_macro_f1_interval": scores["macro_f1"]["interval"],
-            "findings_classes": len(scores["macro_f1"]["classes"]),
-            "laterality_accuracy": scores["laterality"]["value"],
-            "laterality_interval": scores["laterality"]["interval"],
-            "laterality_n": scores["laterality"]["n"],
-            "noise_macro_f1": results["noise"]["systems"]["prediction"]["findings"]["macro_f1"]["value"],
-            "shuffled_macro_f1": results["shuffled"]["systems"]["prediction"]["findings"]["macro_f1"]["value"],
-            "baseline_frequent_f1": systems["most frequent report"]["findings"]["macro_f1"]["value"],
-            "baseline_thumbnail_f1": systems["nearest thumbnail"]["findings"]["macro_f1"]["value"],
+            "findings_macro_f1": macro["value"],
+            "findings_macro_f1_interval": macro["ci"],
+            "findings_classes": sum(finding["in_macro"] for finding in macro["per_finding"].values()),
+            "laterality_accuracy": laterality["value"],
+            "laterality_interval": laterality["ci"],
+            "laterality_n": laterality["n"],
+            "noise_macro_f1": _value(results["noise"], "finding_macro_f1"),
+            "shuffled_macro_f1": _value(results["shuffled"], "finding_macro_f1"),
+            "baseline_frequent_f1": _value(results["real"], "finding_macro_f1", "most frequent report"),
+            "baseline_thumbnail_f1": _value(results["real"], "finding_macro_f1", "nearest thumbnail"),
             "pointing_accuracy": grounding["accuracy"],
             "pointing_chance": grounding["chance"],
         }
-    text = systems["prediction"]["text"]
     return summary | {
-        "bleu1": text["bleu1"]["value"],
-        "bleu4": text["bleu4"]["value"],
-        "rouge_l": text["rouge_l"]["value"],
+        "bleu1": _value(results["real"], "bleu_1"),
+        "bleu4": _value(results["real"], "bleu_4"),
+        "rouge_l": _value(results["real"], "rouge_l"),
         "retrieval_r5": retrieval["image_to_text"]["r5"],
         "retrieval_candidates": retrieval["image_to_text"]["n"],
         "loss": {stage: _first_and_last(out / stage) for stage in STAGES},
@@ -135,27 +133,28 @@ def _tiles(summary: dict[str, Any]) -> list[page.Tile]:
 
 
 def _tables(results: dict[str, Any]) -> list[page.Table]:
-    systems = results["systems"]
     tables = []
-    if "findings" in systems["prediction"]:
-        per_finding = systems["prediction"]["findings"]["per_finding"]
+    if (macro := report.lookup(results, "finding_macro_f1")) is not None:
         rows = [
             [name.replace("_", " "), s["precision"], s["recall"], s["f1"], s["support"]]
-            for name, s in per_finding.items()
+            for name, s in macro["per_finding"].items()
         ]
         tables.append(
             page.Table(title="Findings", columns=["finding", "precision", "recall", "F1", "support"], rows=rows, bar=3)
         )
     rows = []
-    for name, system in systems.items():
-        found = system.get("findings", {})
-        score, side = (found.get(key, {}).get("value") for key in ("macro_f1", "laterality"))
-        text = system["text"]
-        rows.append(
-            [name, score, side, text["bleu1"]["value"] / 100, text["bleu4"]["value"] / 100, text["rouge_l"]["value"]]
-        )
+    for system in results["systems"]:
+        scores = [_value(results, name, system["name"]) for name in ("finding_macro_f1", "laterality")]
+        words = [_value(results, name, system["name"]) for name in ("bleu_1", "bleu_4")]
+        shares = [None if value is None else value / 100 for value in words]
+        rows.append([system["name"], *scores, *shares, _value(results, "rouge_l", system["name"])])
     columns = ["system", "finding macro F1", "laterality", "BLEU-1", "BLEU-4", "ROUGE-L"]
     return [*tables, page.Table(title="Against simple baselines", columns=columns, rows=rows)]
+
+
+def _value(results: dict[str, Any], name: str, system: str | None = None) -> float | None:
+    entry = report.lookup(results, name, system)
+    return None if entry is None else entry["value"]
 
 
 def _studies(out: Path, corpus: Corpus, parse: Parser | None) -> list[page.Study]:

@@ -10,12 +10,13 @@ true ones, so that an unsided mention is wrong, and so is "bilateral" for "left"
 """
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation import statistics
+from evaluation import label_metrics, statistics
+from evaluation.metric import Metric, mean
 
 Finding = tuple[str, str | None, str | None, str | None]
 MIN_SUPPORT = 15
@@ -51,24 +52,29 @@ class Counts:
         ).astype(np.float64)
 
 
-def count(truth: Sequence[Sequence[Finding]], predicted: Sequence[Sequence[Finding]]) -> Counts:
-    """Counts per study from two lists of finding lists, in the same order; raises ValueError on different lengths."""
+def count(
+    truth: Sequence[Sequence[Finding]], predicted: Sequence[Sequence[Finding]], classes: Iterable[str] = ()
+) -> Counts:
+    """Counts per study from two lists of finding lists, in the same order, over the classes named in them and `classes`.
+
+    Raises ValueError on different lengths.
+    """
     if len(truth) != len(predicted):
         raise ValueError(f"{len(truth)} studies with truth but {len(predicted)} with predictions")
     true_sides = [sides(row) for row in truth]
     said_sides = [sides(row) for row in predicted]
-    classes = tuple(sorted({name for row in (*true_sides, *said_sides) for name in row}))
-    shape = (len(truth), len(classes))
+    named = tuple(sorted({name for row in (*true_sides, *said_sides) for name in row} | set(classes)))
+    shape = (len(truth), len(named))
     is_true, is_said = np.zeros(shape, bool), np.zeros(shape, bool)
     side_right, side_total = np.zeros(len(truth), np.int64), np.zeros(len(truth), np.int64)
     for i, (true, said) in enumerate(zip(true_sides, said_sides, strict=True)):
-        is_true[i] = [name in true for name in classes]
-        is_said[i] = [name in said for name in classes]
+        is_true[i] = [name in true for name in named]
+        is_said[i] = [name in said for name in named]
         sided = [name for name in true if true[name] and name in said]
         side_total[i] = len(sided)
         side_right[i] = sum(true[name] == said[name] for name in sided)
     return Counts(
-        classes=classes,
+        classes=named,
         tp=(is_true & is_said).astype(np.int64),
         fp=(~is_true & is_said).astype(np.int64),
         fn=(is_true & ~is_said).astype(np.int64),
@@ -77,99 +83,37 @@ def count(truth: Sequence[Sequence[Finding]], predicted: Sequence[Sequence[Findi
     )
 
 
-@dataclass(frozen=True)
-class FindingScore:
-    """One class. A ratio without a single case (nothing predicted, nothing there) is None."""
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    support: int
-    predicted: int
-    f1_interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """macro_f1 is the mean F1 over `macro_classes` (support >= min_support), None when there is no such class.
-
-    laterality is side_right / side_total over all classes, None when nothing was judged. Intervals are 95% percentile
-    intervals over resampled clusters.
-    """
-
-    per_finding: dict[str, FindingScore]
-    macro_f1: float | None
-    macro_f1_interval: tuple[float, float] | None
-    macro_classes: tuple[str, ...]
-    min_support: int
-    laterality: float | None
-    laterality_interval: tuple[float, float] | None
-    laterality_right: int
-    laterality_total: int
-    studies: int
-    clusters: int
-
-
-def score(
+def metrics(
     truth: Sequence[Sequence[Finding]],
     predicted: Sequence[Sequence[Finding]],
     *,
-    clusters: Sequence[Hashable] | None = None,
     min_support: int = MIN_SUPPORT,
-    draws: int = statistics.DRAWS,
-    seed: int = statistics.SEED,
-) -> Scores:
-    """Precision, recall, F1 per class, their macro mean, laterality, and intervals.
+    classes: Iterable[str] = (),
+) -> list[Metric]:
+    """finding_macro_f1, the mean F1 over the classes with at least `min_support` positives in the truth, and laterality, side_right over
+    side_total over all classes. Both are NaN where nothing was judged.
 
-    clusters: the patient of each study, the unit that the intervals resample; without it every study is its own unit.
+    classes: counted beside those named here, so that several systems have the same columns.
     """
-    counts = count(truth, predicted)
-    clusters = list(range(len(truth))) if clusters is None else clusters
-    samples = statistics.resample(counts.rows(), clusters, draws=draws, seed=seed)
-    width = len(counts.classes)
-    tp, fp, fn = (samples[:, i * width : (i + 1) * width] for i in range(3))
-    f1_samples = statistics.ratio(2 * tp, 2 * tp + fp + fn)
-    side_samples = statistics.ratio(samples[:, -2], samples[:, -1])
+    counts = count(truth, predicted, classes)
+    width, rows = len(counts.classes), counts.rows()
+    macro = np.flatnonzero((counts.tp + counts.fn).sum(axis=0) >= max(min_support, 1))
 
-    tp, fp, fn = counts.tp.sum(0), counts.fp.sum(0), counts.fn.sum(0)
-    f1 = statistics.ratio(2 * tp, 2 * tp + fp + fn)
-    precision, recall = statistics.ratio(tp, tp + fp), statistics.ratio(tp, tp + fn)
-    support = tp + fn
-    macro = np.flatnonzero(support >= max(min_support, 1))
-    per_finding = {
-        name: FindingScore(
-            precision=_or_none(precision[i]),
-            recall=_or_none(recall[i]),
-            f1=_or_none(f1[i]),
-            support=int(support[i]),
-            predicted=int(tp[i] + fp[i]),
-            f1_interval=statistics.percentile_interval(f1_samples[:, i]),
-        )
-        for i, name in enumerate(counts.classes)
-    }
-    right, total = int(counts.side_right.sum()), int(counts.side_total.sum())
-    return Scores(
-        per_finding=per_finding,
-        macro_f1=float(f1[macro].mean()) if macro.size else None,
+    def macro_f1(totals: np.ndarray) -> np.ndarray:
+        tp, fp, fn = (totals[:, i * width : (i + 1) * width][:, macro] for i in range(3))
+        f1 = statistics.ratio(2 * tp, 2 * tp + fp + fn)
         # A draw without a single case of a class says nothing about that class: it is left out of the draw's mean.
-        macro_f1_interval=statistics.percentile_interval(_mean_of_known(f1_samples[:, macro])) if macro.size else None,
-        macro_classes=tuple(counts.classes[i] for i in macro),
-        min_support=min_support,
-        laterality=right / total if total else None,
-        laterality_interval=statistics.percentile_interval(side_samples) if total else None,
-        laterality_right=right,
-        laterality_total=total,
-        studies=len(truth),
-        clusters=len(set(clusters)),
-    )
+        return statistics.ratio(np.nansum(f1, axis=1), np.isfinite(f1).sum(axis=1))
 
-
-def _mean_of_known(samples: np.ndarray) -> np.ndarray:
-    return statistics.ratio(np.nansum(samples, axis=1), np.isfinite(samples).sum(axis=1))
-
-
-def _or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    per_finding = label_metrics.per_finding(rows, counts.classes)
+    for i, scores in enumerate(per_finding.values()):
+        scores["in_macro"] = i in macro
+    how = f"truth:annotations|classes:{len(macro)}|min-support:{min_support}|match:class-per-study"
+    side = "laterality|truth:annotations|over:true-positives-with-a-side|match:exact-sides|no-side:wrong"
+    return [
+        Metric("finding_macro_f1", f"finding-macro-f1|{how}", rows, macro_f1, len(rows), per_finding=per_finding),
+        Metric("laterality", side, rows[:, -2:], mean, int(counts.side_total.sum())),
+    ]
 
 
 def label(finding: str, named: frozenset[str]) -> str:

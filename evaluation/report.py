@@ -1,13 +1,30 @@
-"""The evaluation of one predictions file: every number with its signature, n and interval, as JSON and Markdown."""
+"""The evaluation of predictions files: every number with its signature, n and interval, as one JSON object.
 
+Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
+metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
+subgroups[{column, group, system, reports, name, value, ci, ...}],
+comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
+The metrics of the first file come first, so the first entry of a name is its score.
+"""
+
+import datetime
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from evaluation import findings, text_metrics
-from evaluation.predictions import Predictions, malformed_sentence
+import numpy as np
 
+import rad_jax
+from evaluation import findings, panels, profiles, rouge, rule_labeler, scoring, statistics
+from evaluation.metric import Metric
+from evaluation.predictions import Predictions, malformed_sentence
+from rad_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+LEAST_IN_GROUP = 20
 Parser = Callable[[str], Sequence[findings.Finding]]
 Json = dict[str, Any]
 
@@ -20,193 +37,344 @@ class Study:
     truth: list[findings.Finding] | None
 
 
+@dataclass(frozen=True)
+class Input:
+    """One predictions file: a system. labels: id -> codes [14] of its texts by another labeler, where given."""
+
+    name: str
+    read: Predictions
+    path: Path | None = None
+    labels: dict[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compute. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
+
+    baselines: name -> {id: report}, scored like the predictions. reference_labels: id -> codes [14] of the references.
+    groups: id -> {column: value}, for subgroups.
+    """
+
+    profiles: Sequence[str] = ("native",)
+    studies: dict[str, Study] | None = None
+    parse: Parser | None = None
+    baselines: dict[str, dict[str, str]] = field(default_factory=dict)
+    reference_labels: dict[str, np.ndarray] | None = None
+    labels_by: str = "chexbert"
+    min_support: int = findings.MIN_SUPPORT
+    interval: scoring.IntervalKind = "percentile"
+    draws: int | None = None
+    trials: int = statistics.TRIALS
+    access: str = "unstated"
+    groups: dict[str, dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The metrics of every system under one profile: system -> metrics, the same names in the same order."""
+
+    profile: str
+    setting: scoring.Setting
+    systems: dict[str, list[Metric]]
+
+
 def findings_of_annotations(annotations: str) -> list[findings.Finding]:
     """Finding tuples of a record's `annotations` JSON."""
     return [(a["finding"], a.get("side"), a.get("size"), a.get("place")) for a in json.loads(annotations)]
 
 
-def text_scores(predictions: Sequence[str], references: Sequence[str], patients: Sequence[str] | None) -> Json:
-    """BLEU-1, BLEU-4 and ROUGE-L as plain JSON."""
-    return {
-        "bleu1": asdict(text_metrics.bleu(predictions, references, 1, patients)),
-        "bleu4": asdict(text_metrics.bleu(predictions, references, 4, patients)),
-        "rouge_l": asdict(text_metrics.rouge_l(predictions, references, patients)),
-    }
+def evaluate(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Json]]:
+    """Everything that can be said about the files, and every report's own scores, as plain JSON.
 
-
-def finding_scores(predicted: Sequence[Sequence[findings.Finding]], studies: Sequence[Study], min_support: int) -> Json:
-    """Finding-level scores as plain JSON; every study must have a truth."""
-    truth = [study.truth or [] for study in studies]
-    scores = findings.score(truth, predicted, clusters=[s.patient for s in studies], min_support=min_support)
-    how = f"match:class-per-study|{text_metrics.interval_signature('patient')}"
-    return {
-        "macro_f1": {
-            "value": scores.macro_f1,
-            "interval": scores.macro_f1_interval,
-            "n": scores.studies,
-            "classes": list(scores.macro_classes),
-            "signature": f"finding-macro-f1|classes:{len(scores.macro_classes)}|min-support:{min_support}|{how}",
-        },
-        "laterality": {
-            "value": scores.laterality,
-            "interval": scores.laterality_interval,
-            "n": scores.laterality_total,
-            "right": scores.laterality_right,
-            "signature": f"laterality|over:true-positives-with-a-side|match:exact-sides|no-side:wrong|{how}",
-        },
-        "per_finding": {name: asdict(score) for name, score in scores.per_finding.items()},
-        "patients": scores.clusters,
-    }
-
-
-def evaluate(
-    predictions: Predictions,
-    *,
-    studies: dict[str, Study] | None = None,
-    parse: Parser | None = None,
-    baselines: dict[str, dict[str, str]] | None = None,
-    min_support: int = findings.MIN_SUPPORT,
-) -> Json:
-    """Everything that can be said about the rows, as plain JSON.
-
-    studies: id -> what the corpus knows; rows whose id is not there are listed and left out of every number. None: no
-    corpus, so
-        only the texts are compared and intervals resample reports.
-    parse: reads findings from a text; used where the corpus has a truth.
-    baselines: name -> {id: report}, scored like the predictions and on the same rows.
+    Raises UserError when files share no study or disagree on a reference.
     """
-    rows = [row for row in predictions.rows if studies is None or row.id in studies]
-    known = None if studies is None else [studies[row.id] for row in rows]
-    texts = {"prediction": [row.prediction for row in rows]}
-    for name, answers in (baselines or {}).items():
-        texts[name] = [answers[row.id] for row in rows]
+    result, scored, ids = score(inputs, options)
+    for part in scored:
+        profile = profiles.PROFILES[part.profile]
+        for name, metrics in part.systems.items():
+            rows = scoring.entries(metrics, part.setting, profile.median)
+            result["metrics"] += [{"profile": part.profile, "system": name} | row for row in rows]
+    result["metrics"].sort(key=lambda row: [s["name"] for s in result["systems"]].index(row["system"]))
+    result["subgroups"] = subgroups(scored, ids, options)
+    result["comparisons"] = compare(scored, options.trials)
+    return result, per_report(scored, ids)
+
+
+def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored], list[str]]:
+    """The result without its numbers, the metrics of every profile, and the ids that their rows stand for."""
+    ids = _common(inputs, options.studies)
+    references = _references(inputs, ids)
+    texts = {item.name: _texts(item, ids) for item in inputs}
+    texts |= {name: [answers[i] for i in ids] for name, answers in options.baselines.items()}
+    known = None if options.studies is None else [options.studies[i] for i in ids]
     result: Json = {
-        "rows": {
-            "read": len(predictions.rows) + len(predictions.malformed),
-            "scored": len(rows),
-            "malformed": [{"line": line, "reason": reason} for line, reason in predictions.malformed],
-            "not_in_corpus": [row.line for row in predictions.rows if studies is not None and row.id not in studies],
-            "empty_predictions": sum(not row.prediction.strip() for row in rows),
-            "empty_references": sum(not row.reference.strip() for row in rows),
-        },
-        "notes": [],
-        "systems": {name: {} for name in texts},
-    }
-    if missing := text_metrics.missing_packages():
-        result["notes"].append(
-            f"BLEU and ROUGE-L are left out: {' and '.join(missing)} not installed (pip install rad_jax[eval])."
-        )
-    for name, reports in texts.items():
-        system = result["systems"][name]
-        if not missing:
-            system["text"] = _text_of_referenced(reports, [row.reference for row in rows], known)
-        if parse and known and all(study.truth is not None for study in known):
-            system["findings"] = finding_scores([parse(report) for report in reports], known, min_support)
-    if not any("findings" in system for system in result["systems"].values()):
-        result["notes"].append(
-            "Finding-level scores are left out: they need --data=CORPUS of a corpus whose truth is known."
-        )
-    return result
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tool": f"rad_jax {rad_jax.__version__}",
+        "inputs": [_input(item, ids, references, options) for item in inputs],
+        "systems": [
+            {"name": name, "kind": "baseline" if name in options.baselines else "predictions"} | panels.distinctness(said)
+            for name, said in texts.items()
+        ],
+        "metrics": [],
+        "subgroups": [],
+        "comparisons": [],
+        "warnings": [],
+    }  # fmt: skip
+    labelled = _given_labels(inputs, ids, options)
+    work = _Work(ids, references, texts, known, labelled, options)
+    scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
+    result["warnings"] = _warnings(result, known, bool(labelled), options)
+    return result, scored, ids
 
 
-def _text_of_referenced(reports: list[str], references: list[str], known: list[Study] | None) -> Json | None:
-    """Word overlap over the rows that have a reference to overlap with; None when no row has."""
-    kept = [i for i, reference in enumerate(references) if reference.strip()]
-    patients = None if known is None else [known[i].patient for i in kept]
-    return text_scores([reports[i] for i in kept], [references[i] for i in kept], patients) if kept else None
-
-
-def warnings(result: Json) -> list[str]:
-    """What a reader of the numbers must know first: rows left out, empty texts, scores left out. One sentence each."""
-    count = result["rows"]
+def per_report(scored: Sequence[Scored], ids: Sequence[str]) -> list[Json]:
+    """One row per report, system and profile: the report's own score in every metric, None where it does not count."""
     out = []
-    if count["malformed"]:
-        pairs = [(row["line"], row["reason"]) for row in count["malformed"]]
-        out.append(malformed_sentence(pairs, count["read"]) + ".")
-    if count["not_in_corpus"]:
-        out.append(
-            f"{len(count['not_in_corpus'])} of {count['read']} rows left out because the corpus does not hold their id."
-        )
-    if count["empty_predictions"]:
-        out.append(f"{count['empty_predictions']} of {count['scored']} predictions are empty and score as such.")
-    if count["empty_references"]:
-        out.append(f"{count['empty_references']} of {count['scored']} references are empty: not in BLEU and ROUGE-L.")
-    return out + result["notes"]
+    for part in scored:
+        for name, metrics in part.systems.items():
+            with np.errstate(invalid="ignore", divide="ignore"):
+                each = {m.name: np.where(m.rows.any(axis=1), m.each(), np.nan).tolist() for m in metrics}
+            for i, report_id in enumerate(ids):
+                own = {metric: scoring.number(values[i]) for metric, values in each.items()}
+                out.append({"id": report_id, "system": name, "profile": part.profile, "scores": own})
+    return out
 
 
-def summary_table(result: Json) -> list[list[str]]:
-    """Head row and one row per system: name, then every headline number with its interval."""
-    head = ["system", "finding macro F1", "laterality", "BLEU-1", "BLEU-4", "ROUGE-L"]
-    rows = [head]
-    for name, system in result["systems"].items():
-        found, text = system.get("findings") or {}, system.get("text") or {}
-        cells = [
-            found.get("macro_f1"),
-            found.get("laterality"),
-            text.get("bleu1"),
-            text.get("bleu4"),
-            text.get("rouge_l"),
-        ]
-        rows.append([name, *(_with_interval(cell, 1 if 3 <= i <= 4 else 3) for i, cell in enumerate(cells, start=1))])
-    used = [i for i in range(len(head)) if any(row[i] != "-" for row in rows[1:])]
-    return [[row[i] for i in used] for row in rows]
+def subgroups(scored: Sequence[Scored], ids: Sequence[str], options: Options) -> list[Json]:
+    """The first profile's metrics over the reports of every group that has at least `LEAST_IN_GROUP` of them.
 
-
-def finding_table(result: Json, system: str = "prediction") -> list[list[str]]:
-    """Head row and one row per finding class; empty when the corpus has no truth."""
-    scores = result["systems"][system].get("findings")
-    if not scores:
+    A report without a reference counts in no score of the text, here as elsewhere.
+    """
+    if options.groups is None:
         return []
-    rows = [["finding", "precision", "recall", "F1 (95%)", "support", "predicted"]]
-    for name, s in scores["per_finding"].items():
-        f1 = _with_interval({"value": s["f1"], "interval": s["f1_interval"]}, 3)
-        numbers = [_number(s["precision"], 3), _number(s["recall"], 3), f1, str(s["support"]), str(s["predicted"])]
-        rows.append([name.replace("_", " "), *numbers])
-    return rows
+    part, out = scored[0], []
+    values = [options.groups.get(i, {}) for i in ids]
+    for column in dict.fromkeys(name for row in values for name in row):
+        for value in sorted({row.get(column, "") for row in values} - {""}):
+            inside = np.array([row.get(column) == value for row in values])
+            if inside.sum() < LEAST_IN_GROUP:
+                continue
+            clusters = [cluster for cluster, kept in zip(part.setting.clusters, inside, strict=True) if kept]
+            setting = scoring.Setting(clusters, *list(vars(part.setting).values())[1:])
+            for name, metrics in part.systems.items():
+                own = [
+                    Metric(
+                        **{
+                            **vars(m),
+                            "rows": m.rows[inside],
+                            "n": int(m.rows[inside].any(axis=1).sum()),
+                            "per_finding": {},
+                        }
+                    )
+                    for m in metrics
+                ]
+                rows = scoring.entries(own, setting)
+                out += [
+                    {"column": column, "group": value, "system": name, "reports": int(inside.sum())} | row
+                    for row in rows
+                ]
+    return out
 
 
-def markdown(result: Json) -> str:
-    """The whole result as Markdown."""
-    count = result["rows"]
-    parts = [
-        "# Evaluation",
-        f"{count['scored']} of {count['read']} rows scored. Brackets: 95% interval.",
-        *warnings(result),
-        "## Summary",
-        markdown_table(summary_table(result)),
-    ]
-    if table := finding_table(result):
-        parts += ["## Findings", markdown_table(table)]
-    signatures = [
-        f"- `{score['signature']}|n:{score['n']}`"
-        for part in ("text", "findings")
-        for score in (result["systems"]["prediction"].get(part) or {}).values()
-        if isinstance(score, dict) and "signature" in score
-    ]
-    if signatures:
-        parts += ["## Signatures", "\n".join(signatures)]
-    if count["malformed"]:
-        lines = [f"- line {row['line']}: {row['reason']}" for row in count["malformed"]]
-        parts += ["## Rows left out", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
+def compare(scored: Sequence[Scored], trials: int) -> list[Json]:
+    """Every other system against the first, metric by metric; Holm's adjustment is over all of them together."""
+    out = []
+    for part in scored:
+        first, *others = part.systems
+        for other in others:
+            pair = _shared(part.systems[first], part.systems[other])
+            rows = scoring.compare((first, other), *pair, part.setting, trials) if pair[0] else []
+            out += [{"profile": part.profile} | row for row in rows]
+    scoring.adjust(out)
+    return out
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows (the first is the head) as a padded Markdown table, readable in a terminal as it is."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+def _shared(first: Sequence[Metric], second: Sequence[Metric]) -> tuple[list[Metric], list[Metric]]:
+    """Both systems' metrics of the same name: a baseline has no label file."""
+    by_name = {metric.name: metric for metric in second}
+    kept = [metric for metric in first if metric.name in by_name]
+    return kept, [by_name[metric.name] for metric in kept]
 
 
-def _with_interval(score: Json | None, digits: int) -> str:
-    if score is None or score["value"] is None:
-        return "-"
-    text = _number(score["value"], digits)
-    if score["interval"]:
-        text += f" [{score['interval'][0]:.{digits}f}, {score['interval'][1]:.{digits}f}]"
-    return text
+@dataclass(frozen=True)
+class _Work:
+    ids: list[str]
+    references: list[str]
+    texts: dict[str, list[str]]
+    known: list[Study] | None
+    labelled: dict[str, tuple[np.ndarray, np.ndarray]]  # system -> given label tables of references and predictions
+    options: Options
+
+    def score(self, name: str, first: bool) -> Scored:
+        """All systems under one profile; metrics against a corpus's truth go to the first profile."""
+        profile = profiles.PROFILES[name]
+        by_patient = profile.unit == "patient" and self.known is not None
+        clusters: Sequence[Any] = [s.patient for s in self.known or ()] if by_patient else range(len(self.ids))
+        draws = self.options.draws or profile.draws
+        unit = "patient" if by_patient else "report"
+        setting = scoring.Setting(clusters, unit, draws, profile.seed, self.options.interval)
+        kept = [i for i, reference in enumerate(self.references) if reference.strip()]
+        truth, found = self._findings() if first else ([], {})
+        named = {finding[0] for texts in found.values() for row in texts for finding in row}
+        rules = rule_labeler.label_all([self.references[i] for i in kept]) if profile.rules else None
+        systems: dict[str, list[Metric]] = {}
+        for system, texts in self.texts.items():
+            said = [texts[i] for i in kept]
+            metrics = profiles.text_metrics(profile, said, [self.references[i] for i in kept]) if kept else []
+            if profile.median:
+                metrics = [_with_rouge_median(m, draws, profile.seed) for m in metrics]
+            if rules is not None and kept:
+                how = f"labeler:rules-v{rule_labeler.VERSION}"
+                coded = rule_labeler.label_all(said)
+                metrics += profiles.label_scores(profile, rules, coded, "rules", how)
+                if profile.panels:
+                    metrics += panels.metrics(said, [self.references[i] for i in kept], coded, rules)
+            if system in self.labelled:
+                true, given = (table[kept] for table in self.labelled[system])
+                by = self.options.labels_by
+                metrics += profiles.label_scores(profile, true, given, by, f"labeler:{by}-given")
+            metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
+            if found:
+                against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
+                metrics = against + metrics
+            systems[system] = metrics
+        return Scored(name, setting, systems)
+
+    def _findings(self) -> tuple[list[list[findings.Finding]], dict[str, list[Sequence[findings.Finding]]]]:
+        """The corpus's truth and what every system's texts say; nothing where the corpus has no truth."""
+        truth = [study.truth for study in self.known or () if study.truth is not None]
+        parse = self.options.parse
+        if parse is None or not truth or len(truth) < len(self.ids):
+            return [], {}
+        return truth, {system: [parse(text) for text in texts] for system, texts in self.texts.items()}
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _with_rouge_median(metric: Metric, draws: int, seed: int) -> Metric:
+    if not metric.name.startswith("rouge"):
+        return metric
+    middle = rouge.bootstrap_of_means(metric.rows[:, 0], draws, seed)[1]
+    return Metric(**{**vars(metric), "point": float(middle)})
+
+
+def _spread(metric: Metric, kept: list[int], count: int) -> Metric:
+    """The metric over all `count` reports: those that do not count have rows of zeros."""
+    rows = np.zeros((count, metric.rows.shape[1]))
+    rows[kept] = metric.rows
+    return Metric(**{**vars(metric), "rows": rows})
+
+
+def lookup(result: Json, name: str, system: str | None = None, profile: str | None = None) -> Json | None:
+    """The first entry of a metric, of a system and profile where given."""
+    for row in result["metrics"]:
+        if row["name"] == name and system in (None, row["system"]) and profile in (None, row["profile"]):
+            return row
+    return None
+
+
+def require(result: Json, names: Sequence[str]) -> None:
+    """Raises UserError when one of the metrics has no value."""
+    for name in names:
+        entry = lookup(result, name)
+        if entry is None or entry["value"] is None:
+            raise UserError(f"--require: {name} was not computed, see the warnings")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _common(inputs: Sequence[Input], studies: dict[str, Study] | None) -> list[str]:
+    shared = {row.id for row in inputs[0].read.rows}.intersection(*({r.id for r in i.read.rows} for i in inputs[1:]))
+    ids = [row.id for row in inputs[0].read.rows if row.id in shared and (studies is None or row.id in studies)]
+    if not ids:
+        raise UserError("the files have no study in common: give predictions of the same test set")
+    return ids
+
+
+def _references(inputs: Sequence[Input], ids: list[str]) -> list[str]:
+    """The reference of every id; the files must have the same."""
+    tables = [{row.id: row.reference for row in item.read.rows} for item in inputs]
+    differing = [i for i in ids if any(table[i] != tables[0][i] for table in tables[1:])]
+    if differing:
+        raise UserError(
+            f"the references of {len(differing)} studies differ between the files: systems are compared on the same references"
+        )
+    return [tables[0][i] for i in ids]
+
+
+def _texts(item: Input, ids: list[str]) -> list[str]:
+    table = {row.id: row.prediction for row in item.read.rows}
+    return [table[i] for i in ids]
+
+
+def _given_labels(
+    inputs: Sequence[Input], ids: list[str], options: Options
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """system -> label tables of references and predictions, for inputs that came with label files.
+
+    Raises UserError when a file lacks a study.
+    """
+    out = {}
+    for item in inputs:
+        if options.reference_labels is None or item.labels is None:
+            continue
+        for table in (options.reference_labels, item.labels):
+            if missing := sum(i not in table for i in ids):
+                raise UserError(f"--labels: a label file lacks {missing} of the {len(ids)} studies to be scored")
+        out[item.name] = tuple(
+            np.array([table[i] for i in ids], np.int8) for table in (options.reference_labels, item.labels)
+        )
+    return out  # type: ignore[return-value]
+
+
+def _input(item: Input, ids: list[str], references: list[str], options: Options) -> Json:
+    """Where a file came from and which of its rows count."""
+    scored, studies = set(ids), options.studies
+    rows = [row for row in item.read.rows if row.id in scored]
+    return {
+        "path": None if item.path is None else str(item.path),
+        "sha256": None if item.path is None else sha256(item.path),
+        "n": len(ids),
+        "unit": "report" if studies is None else "patient",
+        "access": options.access,
+        "read": len(item.read.rows) + len(item.read.malformed),
+        "malformed": [{"line": line, "reason": reason} for line, reason in item.read.malformed],
+        "not_in_corpus": [row.line for row in item.read.rows if studies is not None and row.id not in studies],
+        "not_in_others": sum(row.id not in scored and (studies is None or row.id in studies) for row in item.read.rows),
+        "empty_predictions": sum(not row.prediction.strip() for row in rows),
+        "empty_references": sum(not reference.strip() for reference in references),
+    }
+
+
+def _warnings(result: Json, known: list[Study] | None, with_labels: bool, options: Options) -> list[str]:
+    """What a reader of the numbers must know first: rows left out, empty texts, scores left out. One sentence each."""
+    out = []
+    for count in result["inputs"]:
+        where = "" if len(result["inputs"]) == 1 else f"{Path(count['path'] or 'predictions').name}: "
+        if count["malformed"]:
+            pairs = [(row["line"], row["reason"]) for row in count["malformed"]]
+            out.append(f"{where}{malformed_sentence(pairs, count['read'])}.")
+        if count["not_in_corpus"]:
+            left = len(count["not_in_corpus"])
+            out.append(f"{where}{left} of {count['read']} rows left out because the corpus does not hold their id.")
+        if count["not_in_others"]:
+            out.append(
+                f"{where}{count['not_in_others']} of {count['read']} rows left out, another file lacks their id."
+            )
+        if count["empty_predictions"]:
+            out.append(f"{where}{count['empty_predictions']} of {count['n']} predictions are empty and score as such.")
+    if empty := result["inputs"][0]["empty_references"]:
+        out.append(f"{empty} of {result['inputs'][0]['n']} references are empty: not in scores of the text.")
+    if options.parse is None or known is None or any(study.truth is None for study in known):
+        out.append("Scores against annotations are left out: they need --data=CORPUS of a corpus whose truth is known.")
+    if not rouge.installed() and any(profiles.PROFILES[name].rouge for name in options.profiles):
+        out.append("ROUGE is left out: rouge-score is not installed (pip install rad_jax[eval]).")
+    needs: dict[str, str] = {}
+    for name in options.profiles:
+        needs |= profiles.absent(profiles.PROFILES[name], with_labels)
+    for need in dict.fromkeys(needs.values()):
+        names = [name for name in needs if needs[name] == need]
+        out.append(f"{', '.join(names)} left out: {'it needs' if len(names) == 1 else 'they need'} {need}.")
+    return out

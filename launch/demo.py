@@ -103,7 +103,7 @@ class Demo:
         options = self._options
         name = f"{options.config}:{stage}" + (",full" if options.full else "")
         config = variant(options.config, stage, options.full)
-        text, target = longest(Corpus.open(data), config.data.split, config.data.template)
+        text, target = longest(Corpus.open(data), config.data.split, config.data.selection, config.data.template)
         command = ["train", f"--config={name}", f"--data={data}", f"--workdir={self._out / stage}"]
         if bases:
             command.append("--base=" + ",".join(str(self._out / base) for base in bases))

@@ -1,73 +1,168 @@
-"""Scores a predictions file and writes results.json and results.md.
+"""Scores predictions files and writes results.json, results.md, results.csv, results.tex and per_report.jsonl.
 
-    python -m launch.evaluate PREDS.jsonl --out=DIR [--data=CORPUS] [--baselines]
+    python -m launch.evaluate PREDS.jsonl --out=DIR
+    python -m launch.evaluate OURS.jsonl THEIRS.jsonl --out=DIR --profile=llava-rad,native
+    python -m launch.evaluate PREDS.jsonl --out=DIR --data=CORPUS --baselines
+    python -m launch.evaluate PREDS.jsonl --out=DIR --labels=REFERENCES.csv,PREDICTIONS.csv --require=chexbert_micro_14
 
-Without --data only the texts are compared (BLEU, ROUGE-L). With the phantom corpus the findings are read from the
-generated text and judged against what was drawn, and intervals resample patients.
+A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are systems: scored on
+the studies that all of them hold, each compared with the first, paired. --profile is one or more of native, llava-rad, radeval, rexrank,
+maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
+warnings; --labels gives label files (of CheXbert, say) for the references and for every predictions file in turn.
+--groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
+With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn. per_report.jsonl
+has every report's own score.
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from evaluation import report
+from evaluation import labels, profiles, report, tables
 from evaluation.predictions import read_predictions
 from rad_jax import errors
 from rad_jax.errors import UserError
 
+FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
 
-def evaluate(predictions: Path, out: Path, data: Path | None = None, with_baselines: bool = False) -> report.Json:
-    """Scores `predictions`, writes out/results.json and out/results.md, and returns the result.
 
-    Raises UserError for unusable input, OSError for an unwritable folder.
+def read_inputs(paths: Sequence[Path], label_paths: Sequence[Path] = ()) -> list[report.Input]:
+    """The systems, named after their files; `label_paths`, when given, one per file.
+
+    Raises UserError for unusable files.
     """
-    if with_baselines and data is None:
-        raise UserError("--baselines needs --data=CORPUS: they are made from its training split")
-    read = read_predictions(predictions)
-    if data is None:
-        result = report.evaluate(read)
-    else:
-        from data.phantom.parser import parse
-        from evaluation import corpus as corpora
-        from rad_jax.input_pipeline import Corpus
+    names: list[str] = []
+    for path in paths:
+        names.append(path.stem if path.stem not in names else f"{path.stem} ({len(names) + 1})")
+    given: list[Any] = [labels.read_csv(path) for path in label_paths] or [None] * len(paths)
+    return [
+        report.Input(name, read_predictions(path), path, table)
+        for name, path, table in zip(names, paths, given, strict=True)
+    ]
 
-        corpus = Corpus.open(data)
-        records = corpora.records_of(corpus, {row.id for row in read.rows})
-        result = report.evaluate(
-            read,
-            studies=corpora.studies_of(corpus, records),
-            parse=parse,
-            baselines=corpora.baseline_reports(corpus, records) if with_baselines else None,
+
+def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[report.Input]) -> dict[str, Any]:
+    """What a packed corpus adds to `report.Options`; nothing without one."""
+    if data is None:
+        if with_baselines:
+            raise UserError("--baselines needs --data=CORPUS: they are made from its training split")
+        return {}
+    from data.phantom.parser import parse
+    from evaluation import corpus as corpora
+    from rad_jax.input_pipeline import Corpus
+
+    corpus = Corpus.open(data)
+    records = corpora.records_of(corpus, {row.id for item in inputs for row in item.read.rows})
+    return {
+        "studies": corpora.studies_of(corpus, records),
+        "parse": parse,
+        "baselines": corpora.baseline_reports(corpus, records) if with_baselines else {},
+        "access": "public" if corpus.meta["dataset"] in corpora.ANNOTATED else "private",
+    }
+
+
+def label_files(value: str | None, count: int) -> tuple[Path | None, list[Path]]:
+    """The files of --labels: references, and one per predictions file. Raises UserError for another number of them."""
+    paths = [Path(part) for part in value.split(",")] if value else []
+    if paths and len(paths) != count + 1:
+        raise UserError(
+            f"--labels names {len(paths)} files: give the references' and one for each of the {count} systems"
         )
+    return (paths[0], paths[1:]) if paths else (None, [])
+
+
+def read_groups(path: Path) -> dict[str, dict[str, str]]:
+    """id -> {column: value} of a CSV file with an id column. Raises UserError for a file that has none."""
+    if not path.is_file():
+        raise UserError(f"no groups at {path}: give a CSV file with id and one column per grouping")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if "id" not in (reader.fieldnames or ()):
+            raise UserError(f"{path}: no column 'id'")
+        return {row["id"]: {name: value or "" for name, value in row.items() if name != "id"} for row in reader}
+
+
+def profile_names(value: str) -> list[str]:
+    """The profiles of --profile. Raises UserError for an unknown one."""
+    names = value.split(",")
+    for name in names:
+        if name not in profiles.PROFILES:
+            raise UserError(f"--profile: {name!r} is none of {', '.join(profiles.PROFILES)}")
+    return names
+
+
+def evaluate(inputs: Sequence[report.Input], options: report.Options, out: Path, required: Sequence[str] = ()) -> Any:
+    """Scores the systems, writes the files of `FILES` under `out`, and returns the result.
+
+    Raises UserError for input that cannot be scored and for a required metric that was not, OSError for an unwritable folder.
+    """
+    result, rows = report.evaluate(inputs, options)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(report.markdown(result), encoding="utf-8")
+    (out / "results.md").write_text(tables.markdown(result), encoding="utf-8")
+    (out / "results.csv").write_text(tables.csv_text(result), encoding="utf-8")
+    (out / "results.tex").write_text(tables.latex(result), encoding="utf-8")
+    with (out / "per_report.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    report.require(result, required)
     return result
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the command line, evaluates and prints the tables."""
-    if len(argv) != 2 or not flags.FLAGS.out:
-        raise UserError("give one predictions file and a folder: python -m launch.evaluate PREDS.jsonl --out=DIR")
-    path, out, data = Path(argv[1]), Path(flags.FLAGS.out), flags.FLAGS.data
-    result = evaluate(path, out, Path(data) if data else None, flags.FLAGS.baselines)
-    for sentence in report.warnings(result):
+    options = flags.FLAGS
+    if len(argv) < 2 or not options.out:
+        raise UserError("give a predictions file and a folder: python -m launch.evaluate PREDS.jsonl --out=DIR")
+    reference_path, label_paths = label_files(options.labels, len(argv) - 1)
+    names = profile_names(options.profile)
+    inputs = read_inputs([Path(name) for name in argv[1:]], label_paths)
+    wanted = report.Options(
+        profiles=names,
+        reference_labels=labels.read_csv(reference_path) if reference_path else None,
+        interval=options.interval,
+        draws=options.draws,
+        groups=read_groups(Path(options.groups)) if options.groups else None,
+        **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
+    )
+    result = evaluate(inputs, wanted, Path(options.out), options.require)
+    print_result(result)
+    print(f"\nwritten: {options.out}/{{{','.join(FILES)}}}")
+
+
+def print_result(result: Any) -> None:
+    """Warnings and tables for people."""
+    for sentence in result["warnings"]:
         print(sentence)
-    for table in (report.summary_table(result), report.finding_table(result)):
+    for profile in tables.profiles_of(result):
+        print(f"\nprofile {profile}\n" + tables.markdown_table(tables.summary(result, profile)))
+    first = result["systems"][0]["name"]
+    for table in (
+        tables.comparisons(result),
+        tables.per_finding(result, first),
+        tables.panel(result),
+        tables.subgroups(result),
+    ):
         if table:
-            print("\n" + report.markdown_table(table))
-    print(f"\nwritten: {out / 'results.json'} and {out / 'results.md'}")
+            print("\n" + tables.markdown_table(table))
 
 
 def define_flags() -> None:
     """Only when run as a program, so that several commands can be imported side by side."""
-    flags.DEFINE_string("out", None, "folder for results.json and results.md")
-    flags.DEFINE_string(
-        "data", None, "packed corpus the predictions were made from: patients and, for the phantom, truth"
+    flags.DEFINE_string("out", None, "Folder for the results.")
+    flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
+    flags.DEFINE_boolean(
+        "baselines", False, "Also score the most frequent training report and the nearest thumbnail's."
     )
-    flags.DEFINE_boolean("baselines", False, "also score the most frequent training report and the nearest thumbnail's")
+    flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
+    flags.DEFINE_list("require", [], "Metrics without which the command fails.")
+    flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
+    flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
+    flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)
 
 
 if __name__ == "__main__":

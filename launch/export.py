@@ -146,8 +146,8 @@ def held_out(model: Any) -> list[tuple[Any, str | None]]:
     corpus = input_pipeline.Corpus.open(data)
     if corpus.image_size < size:
         raise UserError(f"{data} holds images of {corpus.image_size} pixels, the model needs {size}.")
-    source = corpus.source(split)
-    records = [source[int(number)] for number in corpus.numbers(split, frontal_only=True)[: _STUDIES.value]]
+    source = corpus.source(split, "frontal")
+    records = [source[number] for number in range(len(source))[: _STUDIES.value]]
     return [
         (images.centre_crop(images.decode_png(record["image"]), size), record["indication"] or None)
         for record in records

@@ -32,6 +32,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("data", None, "Packed corpus; with --split and --out.")
     flags.DEFINE_string("split", "test", "Which studies of the corpus.")
+    flags.DEFINE_string(
+        "selection", "all", "Which texts of which films: a selection of the corpus (its corpus.json lists them)."
+    )
     flags.DEFINE_string("out", None, "JSONL file to write.")
     flags.DEFINE_integer("limit", None, "Only the first so many studies.", lower_bound=1)
     flags.DEFINE_enum("pixels", "real", ["real", "noise", "shuffled"], "What the model is shown.")
@@ -68,12 +71,18 @@ def main(_: Sequence[str]) -> None:
         if distributed.first():
             print(text)
         return
+    write(writer, options)
+
+
+def write(writer: "Writer", options: Any) -> None:
+    """The findings of a corpus, in --out."""
     from rad_jax.input_pipeline import Corpus
     from rad_jax.writing import Unfinished
 
     corpus = Corpus.open(options.data)
-    total = min(options.limit or sys.maxsize, len(corpus.source(options.split)))
+    total = min(options.limit or sys.maxsize, len(corpus.source(options.split, options.selection)))
     unfinished = Unfinished(Path(options.out), writer.settings(corpus))
+    distributed.agree(f"{len(unfinished.rows)} studies written beside {options.out}")
     if unfinished.rows and distributed.first():
         print(f"{len(unfinished.rows)} studies are written already: going on after them.")
     for rows in writer.corpus(corpus, total, done=frozenset(unfinished.rows)):
@@ -111,9 +120,10 @@ class Writer:
 
     def settings(self, corpus: Any) -> dict[str, Any]:
         """What texts depend on."""
-        names = ("split", "pixels", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
+        names = ("split", "selection", "pixels", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
         chosen = {name: getattr(self._options, name) for name in names}
-        return {"checkpoint": self._run.sha256, "corpus": corpus.meta["fingerprint"], **chosen}
+        data = corpus.identity(self._options.split, self._options.selection)
+        return {"checkpoint": self._run.sha256, "corpus": data["fingerprint"], **chosen}
 
     def one(self, image: Path, indication: str) -> str:
         """The findings of one file."""
@@ -137,12 +147,12 @@ class Writer:
         import numpy as np
         from tqdm import tqdm
 
-        from rad_jax import input_pipeline, prompts, writing
+        from rad_jax import input_pipeline, writing
 
-        split = self._options.split
-        source, todo = corpus.source(split), np.array([n for n in range(total) if n not in done], int)
+        split, selection = self._options.split, self._options.selection
+        source, todo = corpus.source(split, selection), np.array([n for n in range(total) if n not in done], int)
         batch_size = -(-min(self._options.batch_size, max(len(todo), 1)) // self._shares) * self._shares
-        lengths, unusable = input_pipeline.prompt_lengths(corpus, split, todo), 0
+        lengths, unusable = input_pipeline.prompt_lengths(corpus, split, selection, todo), 0
         quiet = None if distributed.first() else True
         with tqdm(total=total, initial=total - len(todo), desc="generate", unit="study", disable=quiet) as bar:
             for text_length, places in writing.by_length(lengths, batch_size):
@@ -156,7 +166,7 @@ class Writer:
                         unusable += not usable
                         rows[number] = {
                             "id": record["id"],
-                            "query": prompts.question(record["indication"] or None),
+                            "query": record["question"],
                             "reference": record["findings"],
                             "prediction": text if usable else "",
                         }
@@ -182,7 +192,7 @@ class Writer:
             text_length=text_length,
             target_length=0,
             image_size=self._image_size,
-            frontal_only=False,
+            selection=self._options.selection,
         )
         if self._options.pixels == "shuffled":
             for batch, after in zip(read(order=numbers), read(order=(numbers + 1) % total), strict=True):

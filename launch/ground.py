@@ -184,7 +184,7 @@ class Looker:
         from rad_jax import images, prompts
 
         record, tokenizer = target.record, self._tokenizer
-        prompt = prompts.render_v1(tokenizer, prompts.question(record["indication"] or None), None).ids
+        prompt = prompts.render_v1(tokenizer, record["question"], None).ids
         words = tokenizer.encode(target.text)
         ends = [len(tokenizer.decode(words[: k + 1])) for k in range(len(words))]
         start, stop = target.span

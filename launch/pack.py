@@ -9,7 +9,18 @@ view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films
 
-Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
+A published corpus, laid out as its publisher does; the text at the top of data/NAME/builder.py says where it comes from and which files it
+needs. A folder that is not one is refused with the name of the file that is missing:
+
+  python -m launch.pack --dataset=openi --source=openi --out=out/openi
+  python -m launch.pack --dataset=mimic_cxr --source=mimic --tokenizer=tokenizer.model --out=out/mimic_cxr
+
+Several packed corpora as one, as configs/mixture.py says; their films stay where they are:
+
+  python -m launch.pack --dataset=mixture --recipe=configs/mixture.py:openi,mimic_cxr --source=out --out=out/pairs
+
+One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
+OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
 is trained on the training reports unless one is given. Running the same command again does nothing; a command that is
 interrupted leaves nothing half-written.
 """
@@ -19,11 +30,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
+from data.corpora import CORPORA
 from rad_jax import errors
+from rad_jax.errors import UserError
 
-_DATASET = flags.DEFINE_enum("dataset", None, ["phantom", "folder"], "What to pack.", required=True)
-_SOURCE = flags.DEFINE_string("source", None, "Folder with images and a CSV, or the CSV itself (dataset folder).")
+_DATASET = flags.DEFINE_enum("dataset", None, [*CORPORA, "mixture"], "What to pack.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Folder that holds the corpus; for the data set folder, the CSV will do.")
+_RECIPE = config_flags.DEFINE_config_file("recipe", None, "Members of the data set mixture, as configs/mixture.py.")
 _OUT = flags.DEFINE_string("out", None, "Corpus folder to write.", required=True)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 518, "Short side of the stored images, in pixels.")
 _STUDIES = flags.DEFINE_integer("studies", 4600, "Phantom studies, about 87 % train, 4 % validation, 9 % test.")
@@ -33,6 +48,12 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per CP
 
 
 def main(argv: Sequence[str]) -> None:
+    out = Path(_OUT.value)
+    if (_DATASET.value == "mixture") != (_RECIPE.value is not None):
+        raise UserError("--dataset=mixture and --recipe belong together: give both, or neither.")
+    if _RECIPE.value is not None:
+        pack_mixture(out)
+        return
     # Imported here, so that --help and the worker processes stay quick.
     from data import packing
     from data.phantom.builder import seed_from_environment
@@ -46,7 +67,6 @@ def main(argv: Sequence[str]) -> None:
         tokenizer=_TOKENIZER.value,
         vocab_size=_VOCAB_SIZE.value,
     )
-    out = Path(_OUT.value)
     manifest, packed = packing.pack(arguments, out, _WORKERS.value or os.cpu_count() or 1)
     if not packed:
         print(f"{out}: already packed with these arguments, nothing to do")
@@ -58,6 +78,38 @@ def main(argv: Sequence[str]) -> None:
         f", skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped}), see {out / 'skipped.csv'}" if skipped else "")
     )
+    for name, count in summary["counts"].items():
+        print(f"  {name}: {count}")
+    if summary["written"]:
+        size = summary["bytes"] / summary["written"]
+        print(f"  {size / 1e3:.1f} kB for each film; 697,000 films would take {697_000 * size / 1e9:.0f} GB")
+    if copies := {where: count for where, count in summary["duplicate_images"].items() if count}:
+        print("  equal images " + ", ".join(f"{where}: {count}" for where, count in copies.items()))
+    for name, of_split in manifest["published"].items():
+        for split, found in of_split.items():
+            same = found["rows"] == found["published"]
+            told = (
+                "as published"
+                if same
+                else f"warning: {found['published']} are published, so this is not the whole corpus"
+            )
+            print(f"  {name}, {split}: {found['rows']} rows, {told}")
+
+
+def pack_mixture(out: Path) -> None:
+    """Packs --recipe into `out` and prints what of each member is in it."""
+    from data import mixture
+
+    if not _SOURCE.value:
+        raise UserError("--source is missing: the folder that holds the packed corpora which --recipe names.")
+    manifest, packed = mixture.pack(_RECIPE.value.members.to_dict(), Path(_SOURCE.value), out, _RECIPE.value.seed)
+    if not packed:
+        print(f"{out}: already packed with these arguments, nothing to do")
+    for member in manifest["members"]:
+        rows = ", ".join(f"{count} {split}" for split, count in member["rows"].items())
+        leaked = member[mixture.LEAKED]
+        print(f"  {member['name']}: {rows}" + (f"; {leaked} train rows left out, {mixture.LEAKED}" if leaked else ""))
+    print(f"{out}: " + ", ".join(f"{count} {split}" for split, count in manifest["splits"].items()))
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ def main(_: Sequence[str]) -> None:
         text_length=run.config["data"]["text_length"],
         target_length=0,
         image_size=task.model.config.vision.image_size,
-        frontal_only=False,
+        selection="pairs",
     )
     embedded = towers.embed(task.model, variables, batches, mesh)
     if not distributed.first():
         return
-    source = corpus.source(options.split)
+    source = corpus.source(options.split, "pairs")
     annotated = corpus.meta["dataset"] in ANNOTATED
     keep = different([key(source[int(number)], annotated) for number in embedded["index"]], options.candidates)
     scores = retrieval(embedded["images"][keep], embedded["texts"][keep])

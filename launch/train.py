@@ -13,7 +13,7 @@ Two processes on one machine, with four fake devices each:
     COMMAND="$COMMAND --multihost --coordinator=localhost:9876 --num_processes=2"
     $COMMAND --process_id=0 & $COMMAND --process_id=1
 
-When a process ends, the others end too, with exit status 42: start all of them again.
+When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first: start all of them again.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,8 @@ def main(_: Sequence[str]) -> None:
         checkpoint.check_tokenizer(tokenizer.path, bases)
     mesh = sharding.make_mesh(**config.mesh)
     share, shares = sharding.process_share(mesh)
-    checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, tokenizer.path, bases)
+    data = corpus.identity(config.data.split, config.data.selection)
+    checkpoint.open_workdir(workdir, config.to_dict(), data, tokenizer.path, bases)
     batches = input_pipeline.train_iterator(
         corpus,
         config.data.split,
@@ -61,14 +62,14 @@ def main(_: Sequence[str]) -> None:
         target_length=config.data.target_length,
         image_size=config.model.vision.image_size if "vision" in config.model else corpus.image_size,
         seed=config.seed,
-        frontal_only=config.data.frontal_only,
+        selection=config.data.selection,
         process_index=share,
         process_count=shares,
         num_threads=config.data.num_threads,
         crop=config.data.get("crop", "centre"),
     )
     base = state.join(*(run.variables for run in bases))
-    train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh)
+    train.run(config, task, base, batches, data["fingerprint"], workdir, mesh)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def open_workdir(
         "format_version": FORMAT_VERSION,
         "rad_jax": __version__,
         "config": config,
-        "corpus": {"dataset": corpus["dataset"], "fingerprint": corpus["fingerprint"]},
+        "corpus": dict(corpus),
         "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()},
         "bases": [
             {"path": os.path.relpath(b.path, workdir.resolve()), "step": b.step, "sha256": b.sha256} for b in bases
@@ -150,7 +150,7 @@ def open_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tokenizer, workdir / tokenizer.name)
         write_config(workdir, record)
-    distributed.wait_for_all("workdir")
+    distributed.agree(f"--workdir={workdir}")
     if not file.exists():
         raise UserError(
             f"process {jax.process_index()} does not see {file}, which process 0 has made: "

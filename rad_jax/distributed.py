@@ -1,5 +1,6 @@
 """Several processes as one job: how a process joins it, waits for the others, and ends when another has ended."""
 
+import faulthandler
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from rad_jax.errors import UserError
 # Of exit statuses this one says: start the job again, it goes on from its newest checkpoint.
 RESTART = 42
 
-# A process that is silent for so long counts as dead. Where a collective does not notice a dead peer (TPU), JAX ends the others then.
+# A process that is silent for so long counts as dead. A collective may not notice it; JAX then says so and aborts the others.
 _HEARTBEAT_SECONDS = 60
 # A process that fails stays for so long, so that others that fail alike can say so before they lose it.
 _GRACE_SECONDS = 5.0
@@ -51,6 +52,7 @@ def join() -> None:
         "process_id": options.process_id,
     }
     if options.multihost:
+        faulthandler.disable()  # absl's: where JAX aborts, it would bury what JAX says under the stacks of all threads
         try:
             jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
         except (ValueError, RuntimeError) as error:
@@ -71,13 +73,22 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process of the job has come to this point, of which `name` tells."""
+def agree(found: str) -> None:
+    """Returns when every process of the job has come to this point and has found the same, in a folder that all see.
+
+    Raises:
+        UserError: one has found something else.
+    """
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        try:
+            multihost_utils.sync_global_devices(found)
+        except AssertionError:
+            raise UserError(
+                f"process {jax.process_index()} finds {found}, another does not: name folders that all machines share."
+            ) from None
 
 
 def end(error: BaseException) -> None:

@@ -1,12 +1,15 @@
 """Packed corpus in, fixed-shape numpy batches out: TFDS and ArrayRecord read through Grain, without TensorFlow.
 
-A corpus is a folder with `corpus.json` and one ArrayRecord dataset; one record is one film with all its texts. Training
-reads an endless shuffled stream whose whole state is one integer, so that it continues exactly on any number of
-processes. Evaluation reads a split once, in order.
+A corpus is a folder with `corpus.json`, one ArrayRecord dataset, and an index of each selection that packing made; one
+record is one film with all its texts, one row of an index is one text of one film. Training reads the rows of a
+selection in an endless shuffled stream whose whole state is one integer, so that it continues exactly on any number of
+processes. Evaluation reads them once, in order.
 """
 
 import dataclasses
 import functools
+import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +31,7 @@ CROPS = ("centre", "random")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
 _PADDING = -1
-_EMPTY: Mapping[str, Any] = {"image": b"", "findings": "", "impression": "", "indication": ""}
+_EMPTY: Mapping[str, Any] = {"image": b"", "findings": "", "impression": "", "question": prompts.question(None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,13 @@ class Corpus:
         except ValueError as error:
             raise UserError(f"{file}: damaged, pack the corpus again") from error
         check_format(meta.get("format_version"), file)
+        if "selections" not in meta:
+            raise UserError(f"{file}: has no selections, pack the corpus again")
         corpus = cls(path, meta)
-        corpus._check_shards()
+        if "members" in meta:
+            corpus._check_members()
+        else:
+            corpus._check_shards()
         return corpus
 
     @property
@@ -79,28 +87,53 @@ class Corpus:
         """The tokenizer saved with the corpus."""
         return prompts.load_tokenizer(self.path / self.meta["tokenizer"])
 
-    def source(self, split: str) -> "Source":
-        """Random access to the records of a split."""
-        self._check_split(split)
-        import tensorflow_datasets as tfds
-
-        return Source(self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}), self, split)
-
-    def numbers(self, split: str, frontal_only: bool) -> np.ndarray:
-        """Record numbers of a split, int64 [n], in order; laterals left out on demand.
+    def source(self, split: str, selection: str = "all") -> "Source | Mixture":
+        """Random access to the rows of a selection of a split.
 
         Raises:
-            UserError: no such split, or no record left.
+            UserError: no such split or selection, no row in it, or an index that is damaged.
         """
+        rows = self.rows(split, selection)
+        if "members" in self.meta:
+            chosen = {int(n): self.meta["members"][n]["selection"] for n in np.unique(rows[:, 0])}
+            return Mixture({n: self._members[n].source(split, name) for n, name in chosen.items()}, rows)
+        import tensorflow_datasets as tfds
+
+        records = self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        return Source(records, rows, self.meta["selections"][selection]["question"], f"{split} split of {self.path}")
+
+    def identity(self, split: str, selection: str) -> dict[str, Any]:
+        """What a run and its texts remember of their data: where the rows come from, how many, and a fingerprint of all of it.
+
+        The fingerprint is the number of rows, and SHA-256 over the shards' and the index's own.
+        """
+        rows = len(self.rows(split, selection))
+        index = self.meta["selections"][selection]["splits"][split]["sha256"]
+        digest = hashlib.sha256(f"{self.meta['fingerprint']} {index}".encode()).hexdigest()
+        return {
+            "dataset": self.meta["dataset"],
+            "split": split,
+            "selection": selection,
+            "rows": rows,
+            "fingerprint": f"{rows}-{digest}",
+        }
+
+    def rows(self, split: str, selection: str) -> np.ndarray:
+        """Record and text numbers of a selection, int32 [n, 2]; of a mixture, numbers of members and of their rows."""
         self._check_split(split)
-        numbers = np.arange(self.splits[split])
-        if frontal_only:
-            # One pass over the split, about 0.3 ms per record.
-            source = self.source(split)
-            numbers = numbers[[bool(source[number]["frontal"]) for number in range(len(source))]]
-        if not len(numbers):
-            raise UserError(f"{self.path}: split {split!r} has no {'frontal ' if frontal_only else ''}records")
-        return numbers
+        known = self.meta["selections"]
+        if selection not in known:
+            raise UserError(f"{self.path}: no selection {selection!r}, there are {', '.join(known)}")
+        expected, path = known[selection]["splits"][split], self.path / "index" / f"{selection}-{split}.npy"
+        if not expected["rows"]:
+            raise UserError(f"{self.path}: the selection {selection!r} has no rows in the split {split!r}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: this index of the corpus is missing, copy or pack the corpus again") from error
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise UserError(f"{path}: this index of the corpus is damaged, copy or pack the corpus again")
+        return np.load(io.BytesIO(data))
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -113,6 +146,16 @@ class Corpus:
             raise UserError(f"{self.path}: no split {split!r}, there are {', '.join(self.splits)}")
         if not self.splits[split]:
             raise UserError(f"{self.path}: split {split!r} has no records")
+
+    @functools.cached_property
+    def _members(self) -> list["Corpus"]:
+        return [Corpus.open(self.path / member["path"]) for member in self.meta["members"]]
+
+    def _check_members(self) -> None:
+        """Opens the corpora of a mixture, and refuses one that was packed anew since."""
+        for corpus, member in zip(self._members, self.meta["members"], strict=True):
+            if corpus.meta["fingerprint"] != member["fingerprint"]:
+                raise UserError(f"{corpus.path}: is not the corpus that {self.path} was mixed from, mix it again")
 
     def _check_shards(self) -> None:
         """Compares every shard with its recorded length; the dataset itself would notice only when reading a record."""
@@ -137,24 +180,59 @@ class Corpus:
 
 
 class Source:
-    """Random access to records: number -> dict of features, texts as str, the image as PNG bytes."""
+    """Random access to rows: number -> dict of a film's features and of one of its texts.
 
-    def __init__(self, records: Any, corpus: Corpus, split: str):
-        self._records = records
-        self._name = f"{split} split of {corpus.path}"
+    Texts are str, empty where there is none; the image is PNG bytes. `findings`, `impression`, `indication` and `method` are of the row's
+    text, `question` is what its selection asks. The first text of a film has the film's id, another one "id~method".
+    """
+
+    def __init__(self, records: Any, rows: np.ndarray, question: str, name: str):
+        self._records, self._rows, self._question, self._name = records, rows, question, name
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        record_number, slot = map(int, self._rows[number])
         try:
-            record = self._records[number]
+            record = self._records[record_number]
         except RuntimeError as error:  # a checksum of the shard does not hold
-            raise UserError(f"record {number} of the {self._name} is damaged, copy or pack the corpus again") from error
-        return {
+            raise UserError(
+                f"record {record_number} of the {self._name} is damaged, copy or pack the corpus again"
+            ) from error
+        row = {
             key: value.decode() if isinstance(value, bytes) and key != "image" else value
             for key, value in record.items()
         }
+        text = json.loads(row.pop("texts"))[slot]
+        if slot:
+            row["id"] = f"{row['id']}~{text['method']}"
+        row |= {name: text[name] or "" for name in ("findings", "impression", "indication", "method")}
+        row["question"] = _question(self._question, row["view"], text)
+        return row
+
+
+class Mixture:
+    """Random access to the rows of several sources by (source, row of it), int [n, 2]."""
+
+    def __init__(self, sources: Mapping[int, "Source | Mixture"], rows: np.ndarray):
+        self._sources, self._rows = sources, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        source, row = map(int, self._rows[number])
+        return self._sources[source][row]
+
+
+def _question(kind: str, view: str, text: Mapping[str, Any]) -> str:
+    """What the prompt asks, of a kind that a selection names."""
+    if kind == "view":
+        return prompts.view_question(view)
+    if kind == "stored":
+        return text["prompt"] or ""
+    return prompts.question(text["indication"])
 
 
 def train_iterator(
@@ -167,16 +245,16 @@ def train_iterator(
     target_length: int,
     image_size: int,
     seed: int,
-    frontal_only: bool,
+    selection: str,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
     crop: str = "centre",
 ) -> grain.DatasetIterator:
-    """An endless stream of shuffled batches, every record once per epoch, a new order each epoch.
+    """An endless stream of shuffled batches, every row of the selection once per epoch, a new order each epoch.
 
-    At every step the processes together hold the same records whatever their number: process i has rows i, i + n, ...
-    of the global batch. `get_state()` is {"global_next_index": records given out}, equal on all processes, and
+    At every step the processes together hold the same rows whatever their number: process i has rows i, i + n, ...
+    of the global batch. `get_state()` is {"global_next_index": rows given out}, equal on all processes, and
     `set_state` continues there on any number of processes.
 
     Args:
@@ -188,7 +266,7 @@ def train_iterator(
         target_length: U, targets per row; what is longer is cut and flagged.
         image_size: side of the square in pixels, that of the corpus.
         seed: of the order.
-        frontal_only: leave lateral films out.
+        selection: of the corpus, which texts of which films.
         process_index: of this process.
         process_count: number of processes.
         num_threads: that prepare batches beside the training step; each works on a batch of its own.
@@ -198,25 +276,24 @@ def train_iterator(
     Returns:
         An iterator over batches, B = batch_size / process_count rows each:
         image uint8 [B, Y, X] (not for "text"); tokens int32 [B, T], with IMAGE_ID once for plain, v1 and prompt, padded
-        with pad_id; length int32 [B], tokens before the padding; truncated int32 [B]; index int32 [B], record numbers;
-        weight float32 [B], 0 for rows that do not count: image not decodable, or no text to learn from; and unless the
+        with pad_id; length int32 [B], tokens before the padding; truncated int32 [B]; index int32 [B], row numbers;
+        weight float32 [B], 0 for rows that do not count: record damaged, image not decodable, or no text to learn from; and unless the
         template is "prompt" or "clip": targets int32 [B, U], target_positions int32 [B, U], where in tokens the target
         is predicted, i.e. the place before its own, target_weights float32 [B, U].
 
     Raises:
-        UserError: no such split, no records, or sizes that do not fit; while iterating, a damaged shard.
+        UserError: no such split or selection, no rows, or sizes that do not fit.
     """
     _check_batch(batch_size, process_count)
     if crop not in CROPS:
         raise UserError(f"config.data.crop={crop!r} is unknown, there are {', '.join(CROPS)}")
-    rows = _Rows(corpus, split, template, text_length, target_length, image_size)
-    numbers = corpus.numbers(split, frontal_only)
-    order = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
+    rows = _Rows(corpus.source(split, selection), corpus, template, text_length, target_length, image_size)
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
 
     def row(place: int, number: int) -> dict[str, Any]:
         if crop == "centre":
             return rows(number)
-        return rows(number, np.random.default_rng([seed, place // len(numbers), int(number)]))
+        return rows(number, np.random.default_rng([seed, place // len(rows), int(number)]))
 
     elastic = grain.experimental.ElasticIterator(
         order.map_with_index(row),
@@ -236,37 +313,37 @@ def eval_batches(
     text_length: int,
     target_length: int,
     image_size: int,
-    frontal_only: bool,
+    selection: str,
     limit: int | None = None,
     order: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
-    """The records of a split once, in order, in batches of full size; all processes get the same number of batches.
+    """The rows of a selection once, in order, in batches of full size; all processes get the same number of batches.
 
     Rows that fill up the last batch have weight 0 and index -1. Arguments and batches are those of `train_iterator`;
-    `limit` takes only the first records, `order` those record numbers one after another instead of the split's.
+    `limit` takes only the first rows, `order` those row numbers one after another instead of the selection's.
     """
     _check_batch(batch_size, process_count)
-    rows = _Rows(corpus, split, template, text_length, target_length, image_size)
-    numbers = corpus.numbers(split, frontal_only)[:limit] if order is None else order
+    rows = _Rows(corpus.source(split, selection), corpus, template, text_length, target_length, image_size)
+    numbers = np.arange(len(rows))[:limit] if order is None else order
     padded = np.concatenate([numbers, np.full(-len(numbers) % batch_size, _PADDING)])
     dataset = grain.MapDataset.source(padded)[process_index::process_count]
     batches = dataset.map(rows).batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
 
 
-def prompt_lengths(corpus: Corpus, split: str, numbers: np.ndarray) -> np.ndarray:
-    """Tokens of the prompts of these records, int64 [n]; reads each once."""
-    source, tokenizer = corpus.source(split), corpus.tokenizer()
+def prompt_lengths(corpus: Corpus, split: str, selection: str, numbers: np.ndarray) -> np.ndarray:
+    """Tokens of the prompts of these rows, int64 [n]; reads each once."""
+    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
     prompts_of = (render(tokenizer, "prompt", source[int(number)], int(number), 2**31) for number in numbers)
     return np.array([len(prompt.ids) for prompt in prompts_of], int)
 
 
-def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:
-    """Most tokens and most targets that a row of this split needs, each rounded up to a multiple of 8; reads every text once."""
-    source, tokenizer = corpus.source(split), corpus.tokenizer()
+def longest(corpus: Corpus, split: str, selection: str, template: str) -> tuple[int, int]:
+    """Most tokens and most targets that a row of this selection needs, each rounded up to a multiple of 8; reads every text once."""
+    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
     text = targets = 0
     for number in range(len(source)):
         example = render(tokenizer, template, source[number], number, limit=2**31)
@@ -278,11 +355,11 @@ def longest(corpus: Corpus, split: str, template: str) -> tuple[int, int]:
 def render(
     tokenizer: prompts.Tokenizer, template: str, record: Mapping[str, Any], number: int, limit: int
 ) -> prompts.Example:
-    """A record's texts as one of TEMPLATES; only "clip" cuts, to `limit` tokens."""
+    """A row's text as one of TEMPLATES; only "clip" cuts, to `limit` tokens."""
     findings = record["findings"]
     if template == "clip":
         return prompts.render_clip(tokenizer, findings or record["impression"], limit)
-    question = prompts.question(record["indication"] or None)
+    question = record["question"]
     if template == "text":
         # A language model that has learned to write findings from an impression knows how to write them from what the projector says.
         impression = tokenizer.encode(record["impression"])
@@ -295,10 +372,16 @@ def render(
 
 
 class _Rows:
-    """Turns a record number into a row: the fields of a batch without the axis B."""
+    """Turns a row number into a row: the fields of a batch without the axis B."""
 
     def __init__(
-        self, corpus: Corpus, split: str, template: str, text_length: int, target_length: int, image_size: int
+        self,
+        source: Source | Mixture,
+        corpus: Corpus,
+        template: str,
+        text_length: int,
+        target_length: int,
+        image_size: int,
     ):
         if template not in TEMPLATES:
             raise ValueError(f"unknown template {template!r}, there are {', '.join(TEMPLATES)}")
@@ -307,7 +390,7 @@ class _Rows:
                 f"{corpus.path}: packed for images of {corpus.image_size} pixels, the config asks for {image_size}, "
                 f"pack it again with --image_size={image_size}"
             )
-        self._source = corpus.source(split)
+        self._source = source
         self._tokenizer = corpus.tokenizer()
         self._template = template
         self._text_length = text_length
@@ -319,9 +402,15 @@ class _Rows:
                 f"text_length={text_length} is too short, the empty {template} prompt has {shortest} tokens"
             )
 
+    def __len__(self) -> int:
+        return len(self._source)
+
     def __call__(self, number: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
         """With `rng`, a random crop of the film."""
-        record = self._source[int(number)] if number >= 0 else _EMPTY
+        try:
+            record = self._source[int(number)] if number >= 0 else _EMPTY
+        except UserError:  # damaged: a row of no weight, which is counted
+            record = _EMPTY
         row = self._text_row(record, int(number))
         if self._template != "text":
             row["image"], decoded = self._image(record["image"], rng)

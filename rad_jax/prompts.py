@@ -153,6 +153,11 @@ def question(indication: str | None) -> str:
     return f"Provide a description of the findings in the radiology image given the following indication: {reason}"
 
 
+def view_question(view: str) -> str:
+    """The question of LLaVA-Rad's loader of all views; a view that is not known is "Unknown"."""
+    return f"Given the chest X-ray image from {view or 'Unknown'} view, describe the findings in the image: "
+
+
 def render_plain(tokenizer: Tokenizer, findings: str, slot: Sequence[int] = (IMAGE_ID,)) -> Example:
     """The template of projector alignment: image, findings, newline; loss on all that follows the image; no EOS.
 

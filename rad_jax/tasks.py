@@ -69,7 +69,7 @@ def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -
 
 
 # What may differ between the model that weights were made with and the one that goes on with them: it does not change a number's meaning.
-_FREE = {"dtype", "remat", "unroll", "attention", "feature_layer", "max_positions", "dropout"}
+_FREE = {"dtype", "remat", "unroll", "attention", "rope", "feature_layer", "max_positions", "dropout"}
 
 
 def adopt(config: Any, bases: Sequence[Run]) -> None:
@@ -104,7 +104,11 @@ def _plain(value: Any) -> Any:
 def make_task(config: Any) -> "Generative | Contrastive":
     """The task that `config.task` names, over the model that `config.model` describes."""
     shape = model_config(config)
-    return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape))
+    if config.frozen_dtype == "int8":
+        if not isinstance(shape, LlavaConfig):
+            raise UserError("config.frozen_dtype is int8 but the task has no language model: give bfloat16 or float32.")
+        shape = dataclasses.replace(shape, llm=dataclasses.replace(shape.llm, int8=True))
+    return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape), config.dropout_bits)
 
 
 def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative | Contrastive, Tree]":
@@ -119,6 +123,7 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
         UserError: the run and its bases do not give every variable, or are no whole model.
     """
     config = ml_collections.ConfigDict(run.config)
+    config.frozen_dtype = "float32"  # what the run's weights were rounded to in training does not matter here
     if config.task == "tower":
         raise UserError(f"{run.path} is an image tower alone: name it in --base of a training, with what it lacks.")
     for part in {"vision", "text", "llm"} & set(config.model):
@@ -143,9 +148,13 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
 
 @dataclasses.dataclass(frozen=True)
 class Generative:
-    """Next-token prediction on the labelled positions; with images, or on text alone."""
+    """Next-token prediction on the labelled positions; with images, or on text alone.
+
+    `dropout_bits` names JAX's generator of the dropout masks: "threefry2x32" gives the same on every mesh, "rbg" is the hardware's on TPUs.
+    """
 
     model: Llava
+    dropout_bits: str = "threefry2x32"
 
     def init(self, rng: Array) -> Any:
         """Fresh variables, boxed with their logical axis names."""
@@ -182,6 +191,8 @@ class Generative:
         images, vision = None, self.model.config.vision
         if vision is not None and "image" in batch:
             images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
+        if self.dropout_bits == "rbg":
+            rng = jax.random.wrap_key_data(jax.random.bits(rng, (4,)), impl="rbg")
         return self.model.apply(
             variables, batch["tokens"], batch["length"], images, batch["target_positions"], rngs={"dropout": rng}
         )

@@ -15,7 +15,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from rad_jax import metrics, optim, sharding
+from rad_jax import metrics, optim, quantise, sharding
 from rad_jax.checkpoint import Checkpointer
 from rad_jax.errors import UserError
 from rad_jax.state import TrainState, Tree, select, split, table
@@ -46,6 +46,13 @@ def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int
         return new, numbers
 
     return step
+
+
+def jitted_step(config: Any, task: Any, optimizer: optax.GradientTransformation, state: TrainState) -> Any:
+    """The train step for a state that lies, or will lie (abstract arrays), where the step is to leave it; the old state's memory is reused."""
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step, options = make_step(task, optimizer, config.num_micro), dict(config.compiler_options)
+    return jax.jit(step, out_shardings=(where, None), donate_argnums=0, compiler_options=options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the loop
@@ -83,8 +90,7 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
             print(table(state.trainable, frozen))
             begins = f"resumed at step {first}" if first else "starting at step 0"
             print(f"{begins} on {dict(mesh.shape)}, processes: {jax.process_count()}", flush=True)
-        where = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(make_step(task, optimizer, config.num_micro), out_shardings=(where, None), donate_argnums=0)
+        step = jitted_step(config, task, optimizer, state)
         progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
         meter = Meter(task.model.config.image_tokens)
         logged: tuple[int, Any, Span] | None = None
@@ -129,18 +135,20 @@ def initial(
     """State at step 0 and the frozen variables, placed on the mesh: from `base` where it has them, else freshly drawn.
 
     Raises:
-        UserError: a frozen variable is not in `base`, or one has another shape there.
+        UserError: a frozen variable is not in `base`, or one has another shape there; one that learns would be int8.
     """
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     shapes, places = nn.unbox(boxed), sharding.variable_shardings(boxed, mesh)
     trains, stays = (flatten_dict(tree, sep="/") for tree in split(shapes, config.trainable))
     where, given = flatten_dict(places, sep="/"), flatten_dict(select(base, shapes), sep="/")
-    missing = sorted(stays.keys() - given.keys())
+    missing = sorted(path for path in stays.keys() - given.keys() if not path.startswith("scales/"))
     if missing:
         raise UserError(
             f"the config freezes {len(missing)} variables that no --base gives, {missing[0]} the first: "
             "name the run (or runs, with commas) that trained them in --base."
         )
+    if any(leaf.dtype == jnp.int8 for leaf in trains.values()):
+        raise UserError("config.frozen_dtype is int8 but the language model's layers learn: give bfloat16 or float32.")
     fresh = trains.keys() - given.keys()
 
     def draw() -> dict[str, jax.Array]:
@@ -149,25 +157,60 @@ def initial(
 
     made = jax.jit(draw, out_shardings={path: where[path] for path in fresh})()
     for path, leaf in given.items():
-        dtype = config.frozen_dtype if path in stays else "float32"
-        made[path] = sharding.place(leaf, jnp.dtype(dtype), where[path])
+        dtype = quantise.stored_dtype(path, stays[path], config.frozen_dtype) if path in stays else jnp.float32
+        if dtype == jnp.int8:
+            scales = "scales/" + path.removeprefix("params/")
+            made[path], made[scales] = quantise.place(leaf, where[path], where[scales], stays[scales].ndim)
+        else:
+            made[path] = sharding.place(leaf, dtype, where[path])
     trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
     frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
     return start(trainable, optimizer, config.seed, mesh), frozen
 
 
+def abstract(config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Tree]:
+    """What `initial` gives, as shapes, dtypes and places: no weight is read or drawn."""
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    places = flatten_dict(sharding.variable_shardings(boxed, mesh), sep="/")
+    trains, stays = (flatten_dict(tree, sep="/") for tree in split(nn.unbox(boxed), config.trainable))
+
+    def arrays(leaves: Tree, dtype: Callable[[str, Any], Any]) -> Tree:
+        made = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places[path])
+            for path, leaf in leaves.items()
+        }
+        return unflatten_dict(made, sep="/")
+
+    trainable = arrays(trains, lambda path, leaf: jnp.float32)
+    frozen = arrays(stays, lambda path, leaf: quantise.stored_dtype(path, leaf, config.frozen_dtype))
+    whole = sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    moments = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(optimizer.init, trainable),
+        _moment_shardings(trainable, optimizer, mesh),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    return TrainState(step=step, rng=rng, trainable=trainable, opt_state=moments), frozen
+
+
 def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """State at step 0 for weights that are already placed; moments live where their weights do."""
-    whole = sharding.replicated(mesh)
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    moments = optax.tree.map_params(
-        optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
-    )
+    whole, moments = sharding.replicated(mesh), _moment_shardings(trainable, optimizer, mesh)
     return TrainState(
         step=jax.device_put(np.zeros((), np.int32), whole),
         rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole),
         trainable=trainable,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
+    )
+
+
+def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Places for the optimizer's state: a moment lives where its weight does, the rest is everywhere."""
+    shapes, whole = jax.eval_shape(optimizer.init, trainable), sharding.replicated(mesh)
+    return optax.tree.map_params(
+        optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
     )
 
 

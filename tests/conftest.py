@@ -106,7 +106,7 @@ class Training:
             target_length=config.data.target_length,
             image_size=32,
             seed=config.seed,
-            frontal_only=True,
+            selection="frontal",
         )
 
     def batch(self, config: Any, rows: int = 8, seed: int = 0, blank: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -175,15 +175,15 @@ class Training:
         from rad_jax import checkpoint, state, tasks, train
         from rad_jax.input_pipeline import Corpus
 
-        corpus = Corpus.open(self.corpus)
+        data = Corpus.open(self.corpus).identity("train", config.data.selection)
         runs = [checkpoint.load_run(path) for path in bases]
-        checkpoint.open_workdir(workdir, config.to_dict(), corpus.meta, self.corpus / "tokenizer.json", runs)
+        checkpoint.open_workdir(workdir, config.to_dict(), data, self.corpus / "tokenizer.json", runs)
         base = state.join(*(run.variables for run in runs))
         batches: Any = self.batches(config)
         if stop is not None:
             batches = Interrupted(batches, stop)
         task = tasks.make_task(config)
-        train.run(config, task, base, batches, corpus.meta["fingerprint"], workdir, mesh or self.mesh())
+        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh())
 
 
 class Interrupted:

@@ -126,7 +126,7 @@ def opened(training, chain, tmp_path):
     """Opens a workdir of stage 2 with some things changed."""
 
     def open_again(config=None, fingerprint=None, bases=("lm", "stage1"), tokenizer=None):
-        corpus = dict(Corpus.open(training.corpus).meta)
+        corpus = Corpus.open(training.corpus).identity("train", "frontal")
         corpus["fingerprint"] = fingerprint or corpus["fingerprint"]
         runs = [load_run(chain / name) for name in bases]
         config = (config or training.config("stage2")).to_dict()

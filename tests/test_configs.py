@@ -14,7 +14,7 @@ from rad_jax import optim, state, tasks
 
 EXPERIMENTS = [
     *(f"phantom:{stage}{variant}" for stage in ("lm", "stage1", "stage2", "stage3") for variant in ("", ",full")),
-    *("stage1", "stage2", "stage3", "stage3:v5e-64"),
+    *("stage1", "stage2", "stage3", "stage3:v5e-64", "stage3:v5e-256", "stage3:v5p-8", "stage3:full,v5p-64"),
 ]
 
 
@@ -87,17 +87,36 @@ def test_steps_of_the_published_recipe():
     assert (stage2.get_config().steps, stage3.get_config().steps) == (1563, 18752)
 
 
+STEPS = {stage: stage.get_config().steps for stage in (stage1, stage2, stage3)}
+
+
 @pytest.mark.parametrize("machine", hardware.MACHINES)
 def test_machine(machine):
-    """The mesh and the attention come from the machine, the global batch does not."""
+    """The mesh and how things are computed come from the machine; the global batch does not, but where it would be a row per device."""
     for stage in (stage1, stage2, stage3):
         config, found = stage.get_config(machine), hardware.MACHINES[machine]
-        assert config.batch_size == stage.BATCH
+        grown = config.batch_size // stage.BATCH
+        assert config.batch_size == grown * stage.BATCH
+        assert grown == 1 or config.batch_size == 2 * found.data * found.fsdp
+        assert config.steps == -(-STEPS[stage] // grown)
         assert config.mesh.to_dict() == {"data": found.data, "fsdp": found.fsdp, "tensor": found.tensor}
         assert {config.model[part].attention for part in ("vision", "text", "llm") if part in config.model} == {
             found.attention
         }
-        assert config.batch_size == config.num_micro * found.rows * found.data * found.fsdp or config.num_micro == 1
+        rows = found.rows * (16 if stage is stage1 else 1)
+        assert config.batch_size == config.num_micro * rows * found.data * found.fsdp or config.num_micro == 1
+        if "llm" in config.model:
+            assert (config.model.llm.remat, config.model.llm.rope) == (found.remat, found.rope)
+        assert config.compiler_options.to_dict() == found.options
+
+
+def test_full_fine_tuning():
+    """Every weight of the language model and the projector, nothing else, and no adapters."""
+    config = stage3.get_config("full,v5e-256")
+    trainable, frozen = state.split(shapes(config), config.trainable)
+    assert {path.split("/")[1] for path in flatten_dict(trainable, sep="/")} == {"llm", "projector"}
+    assert set(frozen["params"]) == {"vision"} and set(frozen) == {"params"}
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainable["params"]["llm"])) == 6_738_415_616  # Llama 2 7B
 
 
 def test_unknown_machine():

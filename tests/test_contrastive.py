@@ -1,5 +1,6 @@
 """The contrastive losses: against numpy and open_clip, on one device and on eight, and what is never in memory."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -145,6 +146,31 @@ def test_whole_step_has_no_square_of_the_batch(training, kind, num_micro):
     found = set(shapes(jaxpr.jaxpr))
     assert (3, 72) in found  # 18 rows per device; the largest block of at most 4 that divides them
     assert not [shape for shape in found if shape.count(72) > 1]
+
+
+def test_caching_of_gradients_on_eight_devices(training):
+    """Micro-batches on a mesh give the sums of the whole batch on one device; tolerances as in test_tasks.py."""
+    config = training.config("stage1")
+    config.model.loss = "sigmoid"
+    task = tasks.make_task(config)
+    trainable, frozen = split(training.variables(config), config.trainable)
+    batch = training.batch(config, rows=16, blank=(3, 4))
+    found = {}
+    for num_micro, axes in ((1, {}), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
+        mesh = training.mesh(**axes)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+            step = jax.jit(functools.partial(task.value_and_grad, num_micro=num_micro), compiler_options=options)
+            found[num_micro] = jax.device_get(
+                step(trainable, frozen, sharding.place_batch(batch, mesh), jax.random.key(0))
+            )
+    one, many = found[1], found[2]
+    assert one.weight == many.weight == 14
+    np.testing.assert_allclose(many.loss_sum, one.loss_sum, rtol=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one.grads))
+    for ours, other in zip(jax.tree.leaves(many.grads), jax.tree.leaves(one.grads), strict=True):
+        scale = max(np.abs(other).max(), 1e-2 * largest)
+        np.testing.assert_allclose(ours, other, rtol=0, atol=5e-5 * scale)
 
 
 def config(remat="none", **changes):

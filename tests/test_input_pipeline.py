@@ -25,8 +25,32 @@ OPTIONS: dict[str, Any] = {
     "text_length": 96,
     "target_length": 48,
     "image_size": SIZE,
-    "frontal_only": False,
+    "selection": "all",
 }
+
+
+METHODS = ("report", "llm")
+TWICE = 2  # record number with two texts
+
+
+def texts(split: str, number: int, method: str, rng: Any) -> dict:
+    """One text of a record."""
+    return {
+        "method": method,
+        "indication": None if number % 3 == 0 else f"Cough for {number} days",
+        "findings": " ".join(rng.choice(WORDS, 6)) + f" {number}.",
+        "impression": "Überwiegend normal.",
+        "prompt": "What is there?",
+    }
+
+
+def row(split: str, number: int, slot: int = 0) -> dict:
+    """What `Source` makes of one text of a record."""
+    record = study(split, number)
+    text = json.loads(record.pop("texts"))[slot]
+    del text["prompt"]
+    question = prompts.question(text["indication"])
+    return record | text | {"indication": text["indication"] or "", "question": question}
 
 
 def study(split: str, number: int) -> dict:
@@ -41,9 +65,9 @@ def study(split: str, number: int) -> dict:
         "patient": f"p{number // 2}",
         "study": f"s{number}",
         "view": "LATERAL" if lateral else "PA",
-        "indication": "" if number % 3 == 0 else f"Cough for {number} days",
-        "findings": " ".join(rng.choice(WORDS, 6)) + f" {number}.",
-        "impression": "Überwiegend normal.",
+        "sex": "F",
+        "age": 50,
+        "texts": json.dumps([texts(split, number, method, rng) for method in METHODS[: 1 + (number == TWICE)]]),
         "frontal": not lateral,
         "orig_height": 100,
         "orig_width": 90,
@@ -59,19 +83,9 @@ def pack(folder: Path) -> None:
         warnings.simplefilter("ignore")  # of tensorflow_datasets and its dependencies
         import tensorflow_datasets as tfds
 
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
-            **dict.fromkeys(("id", "patient", "study", "view"), tfds.features.Text()),
-            **dict.fromkeys(("indication", "findings", "impression"), tfds.features.Text()),
-            "frontal": np.bool_,
-            "orig_height": np.int32,
-            "orig_width": np.int32,
-            "labels": tfds.features.Tensor(shape=(14,), dtype=np.int8),
-            "annotations": tfds.features.Text(),
-            "source": tfds.features.Text(),
-        }
-    )
+    from data.records import features
+    from data.selections import Selection, write_indices
+
     with tfds.core.registered.skip_registration():
 
         class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +94,7 @@ def pack(folder: Path) -> None:
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+                return tfds.core.DatasetInfo(builder=self, features=features(), disable_shuffling=True)
 
             def _split_generators(self, dl_manager):
                 return {split: self._generate_examples(split) for split in COUNTS}
@@ -91,8 +105,15 @@ def pack(folder: Path) -> None:
 
     builder = Tiny(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
-    rows = [(study("train", number)["indication"] or None, study("train", number)["findings"]) for number in range(21)]
-    prompts.train_tokenizer(rows, 512, folder / "tokenizer.json")
+    words = [row("train", number) for number in range(COUNTS["train"])]
+    prompts.train_tokenizer([(w["indication"] or None, w["findings"]) for w in words], 512, folder / "tokenizer.json")
+    selections = {
+        "all": Selection(lambda record, text: text["method"] == "report"),
+        "frontal": Selection(lambda record, text: text["method"] == "report" and record["frontal"]),
+        "both": Selection(lambda record, text: True, "stored"),
+        "views": Selection(lambda record, text: True, "view"),
+        "nothing": Selection(lambda record, text: False),
+    }
     meta = {
         "format_version": FORMAT_VERSION,
         "dataset": "tiny",
@@ -100,6 +121,8 @@ def pack(folder: Path) -> None:
         "image_size": SIZE,
         "tokenizer": "tokenizer.json",
         "splits": COUNTS,
+        "selections": write_indices(builder, selections, COUNTS, folder),
+        "fingerprint": "of the shards",
     }
     (folder / "corpus.json").write_text(json.dumps(meta))
 
@@ -134,7 +157,7 @@ def same(one: dict, other: dict) -> None:
 def test_source_gives_text_as_str_and_images_as_png(corpus):
     source = corpus.source("validation")
     assert len(source) == 3
-    record, expected = source[1], study("validation", 1)
+    record, expected = source[1], row("validation", 1)
     np.testing.assert_array_equal(record.pop("labels"), expected.pop("labels"))
     assert record == expected
     assert corpus.tokenizer().vocab_size > 259
@@ -166,7 +189,7 @@ def test_batches_have_fixed_shapes_and_types(corpus):
 
 def rendered(tokenizer, template: str, record: dict, number: int) -> prompts.Example:
     impression = tokenizer.encode(record["impression"])
-    question = prompts.question(record["indication"] or None)
+    question = record["question"]
     return {
         "text": lambda: (
             prompts.render_plain(tokenizer, record["findings"], impression)
@@ -186,7 +209,7 @@ def test_rows_are_the_rendered_records(corpus, template):
     rows = 0
     for batch in eval_batches(corpus, "validation", **OPTIONS, template=template):
         for i in np.flatnonzero(batch["weight"]):
-            record = study("validation", int(batch["index"][i]))
+            record = row("validation", int(batch["index"][i]))
             example = rendered(tokenizer, template, record, int(batch["index"][i]))
             length = batch["length"][i]
             assert batch["tokens"][i, :length].tolist() == example.ids
@@ -322,7 +345,7 @@ def test_unknown_crop(corpus):
 
 def test_eval_batches_in_another_order(corpus):
     order = np.array([3, 0, 9])
-    lengths = input_pipeline.prompt_lengths(corpus, "train", order)
+    lengths = input_pipeline.prompt_lengths(corpus, "train", "all", order)
     options = {**OPTIONS, "batch_size": 2}
     batches = list(eval_batches(corpus, "train", **options, template="prompt", order=order))
     assert [batch["index"].tolist() for batch in batches] == [[3, 0], [9, -1]]
@@ -344,13 +367,47 @@ def test_a_corrupt_image_is_a_row_of_no_weight(corpus):
     assert sum(batch["weight"].sum() for batch in text) == 21
 
 
-def test_laterals_can_be_left_out(corpus):
-    options: dict[str, Any] = {**OPTIONS, "frontal_only": True}
+def test_a_selection_has_its_own_rows(corpus):
+    kept = [number for number in range(21) if number not in LATERALS]
+    options: dict[str, Any] = {**OPTIONS, "selection": "frontal"}
     batches = list(eval_batches(corpus, "train", **options, template="plain"))
     numbers = np.concatenate([batch["index"] for batch in batches])
-    assert numbers[numbers >= 0].tolist() == [n for n in range(21) if n not in LATERALS]
-    trained = take(stream(corpus, frontal_only=True, batch_size=6), 3)
-    assert sorted(np.concatenate([batch["index"] for batch in trained])) == numbers[numbers >= 0].tolist()
+    assert numbers[numbers >= 0].tolist() == list(range(len(kept)))
+    source = corpus.source("train", "frontal")
+    assert [source[number]["id"] for number in range(len(source))] == [f"train-{number}" for number in kept]
+    trained = take(stream(corpus, selection="frontal", batch_size=6), 3)
+    assert sorted(np.concatenate([batch["index"] for batch in trained])) == list(range(len(kept)))
+
+
+def test_one_film_with_two_texts_is_two_rows(corpus):
+    source = corpus.source("train", "both")
+    assert len(source) == 22 and corpus.splits["train"] == 21
+    first, second = source[TWICE], source[TWICE + 1]
+    assert (first["id"], second["id"]) == ("train-2", "train-2~llm")
+    assert (first["method"], second["method"]) == METHODS
+    assert first["image"] == second["image"] and first["findings"] != second["findings"]
+    iterator = stream(corpus, selection="both", batch_size=11)
+    assert sorted(np.concatenate([batch["index"] for batch in take(iterator, 2)])) == list(range(22))
+
+
+def test_a_selection_says_what_is_asked(corpus):
+    number = TWICE + 1
+    assert corpus.source("train", "all")[1]["question"].endswith("indication: Cough for 1 days")
+    assert corpus.source("train", "both")[number]["question"] == "What is there?"
+    asked = corpus.source("train", "views")[number]["question"]
+    assert asked == "Given the chest X-ray image from LATERAL view, describe the findings in the image: "
+    assert "from Unknown view" in prompts.view_question("")
+
+
+def test_the_training_set_is_known_by_length_and_hash(corpus):
+    frontal, both = corpus.identity("train", "frontal"), corpus.identity("train", "both")
+    assert (frontal["rows"], both["rows"]) == (18, 22)
+    assert frontal["fingerprint"].startswith("18-") and both["fingerprint"].startswith("22-")
+    assert frontal == corpus.identity("train", "frontal")
+    assert (
+        frontal["fingerprint"]
+        != Corpus(corpus.path, corpus.meta | {"fingerprint": "x"}).identity("train", "frontal")["fingerprint"]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -386,6 +443,10 @@ def test_user_errors(corpus, folder, tmp_path):
     refused("text_length=20 is too short", text_length=20)
     with pytest.raises(UserError, match="no split 'dev', there are train, validation"):
         corpus.source("dev")
+    with pytest.raises(UserError, match="no selection 'lateral', there are all, all"):
+        corpus.source("train", "lateral")
+    with pytest.raises(UserError, match="the selection 'nothing' has no rows in the split 'train'"):
+        corpus.source("train", "nothing")
     with pytest.raises(UserError, match="no packed corpus here"):
         Corpus.open(tmp_path)
 
@@ -400,6 +461,17 @@ def test_user_errors(corpus, folder, tmp_path):
         (copy / "corpus.json").write_text(json.dumps({**meta, **changes}))
         with pytest.raises(UserError, match=message):
             Corpus.open(copy)
+    (copy / "corpus.json").write_text(json.dumps({key: meta[key] for key in meta if key != "selections"}))
+    with pytest.raises(UserError, match="has no selections, pack the corpus again"):
+        Corpus.open(copy)
+    (copy / "corpus.json").write_text(json.dumps(meta))
+    index = copy / "index" / "all-train.npy"
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"all-train\.npy: this index of the corpus is damaged"):
+        Corpus.open(copy).source("train")
+    index.unlink()
+    with pytest.raises(UserError, match=r"all-train\.npy: this index of the corpus is missing"):
+        Corpus.open(copy).source("train")
     (copy / "corpus.json").write_text("{")
     with pytest.raises(UserError, match=r"corpus\.json: damaged"):
         Corpus.open(copy)
@@ -417,14 +489,20 @@ def test_missing_and_damaged_shards_are_found(folder, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: this shard of the corpus is missing"):
         Corpus.open(copy)
-    # Damage inside a record shows only when that record is read; its text is lost, so that the run stops.
+    # Damage inside a record shows only when that record is read: a row of no weight, which the loop counts.
     data = bytearray(whole)
     place = whole.index(b"Cough for")
     data[place : place + 4] = b"XXXX"
     shard.write_bytes(data)
     options: dict[str, Any] = {**OPTIONS, "template": "text"}
+    damaged = Corpus.open(copy)
+    weights = np.concatenate(
+        [batch["weight"][batch["index"] >= 0] for batch in eval_batches(damaged, "train", **options)]
+    )
+    lost = np.flatnonzero(weights == 0)
+    assert len(weights) == 21 and 1 <= len(lost) <= 3
     with pytest.raises(UserError, match=r"of the train split of .* is damaged"):
-        list(eval_batches(Corpus.open(copy), "train", **options))
+        damaged.source("train")[int(lost[0])]
 
 
 def test_reading_needs_neither_tensorflow_nor_torch(folder):
@@ -433,7 +511,7 @@ import sys
 from rad_jax.input_pipeline import Corpus, train_iterator
 corpus = Corpus.open(sys.argv[1])
 next(train_iterator(corpus, "train", template="v1", batch_size=4, text_length=96, target_length=48, image_size=32,
-                    seed=0, frontal_only=True))
+                    seed=0, selection="frontal"))
 print([name for name in ("tensorflow", "torch") if name in sys.modules])
 """
     root = Path(input_pipeline.__file__).parents[1]

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import Counter
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -78,7 +79,7 @@ class Placed:
     def activations(self):
         """A line per constraint in the step's jaxpr, and how often it stands there; B is a micro-batch of all devices."""
         rows = self.config.batch_size // self.config.num_micro
-        found = Counter()
+        found: Counter[str] = Counter()
         for eqn in equations(self.jaxpr().jaxpr):
             if eqn.primitive.name == "sharding_constraint":
                 aval, spec = eqn.invars[0].aval, tuple(eqn.params["sharding"].spec)
@@ -103,9 +104,10 @@ class Placed:
         }
         bare = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
         trainable, frozen = state.split(unflatten_dict(bare, sep="/"), c.trainable)
-        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        key: Any = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         opt_state = jax.eval_shape(self.optimizer.init, trainable)
-        start = state.TrainState(jax.ShapeDtypeStruct((), np.int32), key, trainable, opt_state)
+        step_number: Any = jax.ShapeDtypeStruct((), np.int32)
+        start = state.TrainState(step_number, key, trainable, opt_state)
         step = train.make_step(self.task, self.optimizer, c.num_micro)
         with jax.sharding.use_abstract_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             return jax.make_jaxpr(step)(start, frozen, batch)

@@ -50,12 +50,7 @@ def contrastive(training):
     return Setting(training, "stage1")
 
 
-@pytest.fixture(scope="module")
-def sigmoid(training):
-    return Setting(training, "stage1", loss="sigmoid")
-
-
-@pytest.fixture(params=["generative", "contrastive", "sigmoid"])
+@pytest.fixture(params=["generative", "contrastive"])
 def setting(request):
     return request.getfixturevalue(request.param)
 

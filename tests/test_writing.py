@@ -1,10 +1,13 @@
-"""Batches of like length, and a file that outlives the run that writes it."""
+"""Batches of like length, a file that outlives the run that writes it, and launch.generate with both."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from launch import generate
 from rad_jax.errors import UserError
 from rad_jax.writing import Unfinished, by_length
 
@@ -76,3 +79,75 @@ def test_file_of_other_settings(tmp_path):
         UserError, match=r"out\.jsonl\.partial was begun with other settings: remove it, or choose another --out"
     ):
         Unfinished(out, {**SETTINGS, "seed": 1})
+
+
+@pytest.fixture(scope="module")
+def options(chain, tiny_corpus):
+    """Those of launch.generate, with changes; here are eight devices."""
+    given = {
+        "checkpoint": str(chain / "stage3"),
+        "data": str(tiny_corpus),
+        "split": "train",
+        "limit": 13,
+        "pixels": "real",
+        "batch_size": 8,
+        "fsdp": 1,
+        "tensor": 1,
+        "max_new_tokens": 6,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 3,
+        "dtype": None,
+    }
+    return lambda out, **changes: SimpleNamespace(**{**given, "out": str(out), **changes})
+
+
+def written(options):
+    generate.write(generate.Writer(options), options)
+    with open(options.out) as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "pixels"),
+    [
+        (1.0, "real"),
+        pytest.param(1.0, "noise", marks=pytest.mark.slow),
+        pytest.param(0.0, "shuffled", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_gone_on_with_on_another_mesh(options, tmp_path, tiny_corpus, monkeypatch, temperature, pixels):
+    """The same texts, drawn or greedy, in the corpus's order, whatever the batches, the mesh, and where it was interrupted."""
+    from rad_jax.input_pipeline import Corpus
+
+    source = Corpus.open(tiny_corpus).source("train")
+    shown = {"temperature": temperature, "pixels": pixels}
+    once = written(options(tmp_path / "once.jsonl", **shown))
+    assert [row["id"] for row in once] == [source[number]["id"] for number in range(13)]
+    assert [row["reference"] for row in once] == [source[number]["findings"] for number in range(13)]
+    assert len({row["prediction"] for row in once}) > 1
+    again = options(tmp_path / "again.jsonl", batch_size=4, fsdp=2, tensor=2, **shown)
+    writer, left = generate.Writer(again), [2]
+    first = writer._write
+
+    def until_killed(batch):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return first(batch)
+
+    monkeypatch.setattr(writer, "_write", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate.write(writer, again)
+    partial = tmp_path / "again.jsonl.partial"
+    assert len(partial.read_bytes().splitlines()) == 1 + 2 * 4
+    assert written(again) == once
+    assert not partial.exists()
+
+
+def test_mesh_that_does_not_fit(options, tmp_path):
+    assert jax.device_count() == 8
+    with pytest.raises(UserError, match="--fsdp=3 x --tensor=1 does not divide the 8 devices here"):
+        generate.Writer(options(tmp_path / "out", fsdp=3))
+    with pytest.raises(UserError, match="--tensor=4 does not divide the model's 2 heads of keys and values"):
+        generate.Writer(options(tmp_path / "out", tensor=4))

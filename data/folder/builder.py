@@ -7,21 +7,13 @@ The CSV has the columns `image` (path, relative to the CSV) and `findings`, and 
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import tensorflow_datasets as tfds
-
-from data import records
-from rad_jax import images
+from data import records, splits
 from rad_jax.errors import UserError
 
 REQUIRED = ("image", "findings")
-_HELD_OUT = 0.1  # share of the patients in validation, and in test, where the CSV names no splits
 
 Row = dict[str, str]
 
@@ -78,10 +70,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def assign_splits(rows: list[Row], path: Path) -> dict[str, list[Row]]:
-    """Split -> rows: by the column `split` if there is one, else by patient.
-
-    Without the column the patients are ordered by a hash of their name and a tenth each, at least one, goes to test and
-    to validation; fewer than three patients all go to train.
+    """Split -> rows: by the column `split` if there is one, else by patient (`splits.by_patient`).
 
     Raises:
         UserError: an unknown split, or a patient in two splits.
@@ -97,63 +86,46 @@ def assign_splits(rows: list[Row], path: Path) -> dict[str, list[Row]]:
             if of.setdefault(row["patient"], split) != split:
                 raise UserError(f"{path}: row {row['id']}: its patient is in two splits: keep each patient in one.")
     else:
-        patients = sorted({row["patient"] for row in rows}, key=lambda p: hashlib.sha256(p.encode()).hexdigest())
-        held_out = max(1, round(_HELD_OUT * len(patients))) if len(patients) >= 3 else 0
-        order = ["test"] * held_out + ["validation"] * held_out
-        of = dict(zip(patients, order + ["train"] * (len(patients) - len(order)), strict=True))
+        of = splits.by_patient(row["patient"] for row in rows)
     return {split: [row for row in rows if of[row["patient"]] == split] for split in records.SPLITS}
 
 
-def make(row: Row, folder: Path, size: int) -> dict[str, Any] | records.Skip:
-    """One record, or why there is none."""
-    try:
-        film = images.load_grey(folder / row["image"])
-    except UserError:
-        return records.Skip(row["id"], row["image"], "unreadable image")
-    small = images.resize_short(film, size)
-    view = row.get("view", "")
-    return records.record(
-        image=images.encode_png(small),
+def film(row: Row, folder: Path) -> records.Film:
+    """The film of a row, whose view counts as frontal unless it says lateral."""
+    lateral = "lateral" in row.get("view", "").lower()
+    words = records.text(
+        row["findings"], impression=row.get("impression") or None, indication=row.get("indication") or None
+    )
+    return records.Film(
+        path=folder / row["image"],
         id=row["id"],
         patient=row["patient"],
         study=row["study"],
-        view="LATERAL" if "lateral" in view.lower() else view,
-        indication=row.get("indication", ""),
-        findings=row["findings"],
-        impression=row.get("impression", ""),
+        view="LATERAL" if lateral else row.get("view", ""),
+        frontal=not lateral,
+        texts=[words],
         source=row.get("source", ""),
-        shape=film.shape,
     )
 
 
-class Folder(records.CorpusBuilder):
-    """The user's own images and reports."""
+class Folder(records.SourceBuilder):
+    """Radiographs and reports from a folder with a CSV."""
 
     name = "folder"
 
-    def __init__(self, *, source: str | Path, image_size: int, **kwargs: Any):
-        """Args: source: the CSV, or a folder that holds it; image_size: pixels of the stored images' short side."""
-        self.csv, self.image_size = find_csv(Path(source)), image_size
-        super().__init__(**kwargs)
+    @classmethod
+    def defining(cls, source: Path) -> list[Path]:
+        return [find_csv(source)]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Radiographs and reports from a folder with a CSV.",
-            features=records.features(),
-        )
-
-    def jobs(self) -> dict[str, list[Row]]:
+    def jobs(self) -> dict[str, list[records.Film]]:
+        path = find_csv(self.source)
         usable = []
-        for row in read_rows(self.csv):
+        for row in read_rows(path):
             reason = "" if row["findings"] else "empty findings"
-            if not reason and not (row["image"] and (self.csv.parent / row["image"]).is_file()):
+            if not reason and not (row["image"] and (path.parent / row["image"]).is_file()):
                 reason = "missing image"
             if reason:
                 self.skipped.append(records.Skip(row["id"], row["image"], reason))
             else:
                 usable.append(row)
-        return assign_splits(usable, self.csv)
-
-    def maker(self) -> Callable[[Row], dict[str, Any] | records.Skip]:
-        return functools.partial(make, folder=self.csv.parent, size=self.image_size)
+        return {split: [film(row, path.parent) for row in rows] for split, rows in assign_splits(usable, path).items()}

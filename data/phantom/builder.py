@@ -58,9 +58,14 @@ def make(job: Job, seed: int, size: int) -> dict[str, Any]:
         patient=name,
         study=f"{name}-{number}",
         view=made.view,
-        indication=made.report.indication,
-        findings=made.report.findings,
-        impression=made.report.impression,
+        frontal=True,
+        texts=[
+            records.text(
+                made.report.findings,
+                impression=made.report.impression,
+                indication=made.report.indication or None,
+            )
+        ],
         labels=made.labels,
         annotations=[
             {"finding": f.finding, "side": f.side, "size": f.size, "place": f.place, "box": list(f.box or ())}

@@ -69,7 +69,9 @@ def alternate(sides: Mapping[str, Side], rounds: int, arguments: Sequence[Any]) 
     """`rounds` runs of every side, in turn; every second round the other way about, so that no side always follows the same one."""
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(rounds):
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        order = list(sides)
+        if number % 2:
+            order.reverse()
         for name in order:
             runs[name].append(sides[name].run(*arguments))
     return runs

@@ -1,16 +1,22 @@
 """The one attention function, and the self-attention of the two encoders."""
 
+import functools
 import math
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from rad_jax.models.layers import Dense
 
 Array = jax.Array
-Impl = Literal["xla", "cudnn"]
+Impl = Literal["xla", "cudnn", "splash", "splash_interpret"]
+
+_LANES = 128  # a TPU's vector registers are this wide: block sizes are multiples of it
+_LARGEST_BLOCK = 1024  # of queries and of keys; larger ones do not fit the fast memory of every chip
 
 _HIDDEN = -1e30  # score of a key that is not seen; finite, so that a row that sees none gives no NaN
 _SMALLEST_BLOCK = 64  # queries
@@ -24,14 +30,71 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         k, v: [B, T, K, H]; K divides N (grouped-query attention).
         lengths: int32 [B], keys at and after a row's length are not seen; None when all are real.
         causal: query s sees keys 0..s.
-        impl: "xla" everywhere, "cudnn" on NVIDIA GPUs in 16 bit; chosen by the config, never by the backend.
+        impl: "xla" everywhere, "cudnn" on NVIDIA GPUs in 16 bit, "splash" on TPUs ("splash_interpret" is the same kernel, slowly, on any
+            machine); chosen by the config, never by the backend.
 
     Returns:
-        [B, S, N, H] in q's dtype; the softmax is taken in float32.
+        [B, S, N, H] in q's dtype; the softmax is taken in float32. Queries at and after a row's length are padding, and what they get is
+        unspecified when `causal`.
     """
     if impl == "xla":
         return _in_blocks(q, k, v, lengths, causal)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
+    if impl == "cudnn":
+        y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
+        return checkpoint_name(y, "attended")
+    if lengths is None:
+        lengths = jnp.full(q.shape[:1], k.shape[1], jnp.int32)
+    kernel = functools.partial(_splash, causal=causal, interpret=impl == "splash_interpret")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, lengths)
+    # XLA cannot split a hand-written kernel by itself: each device runs it on its own rows and heads.
+    rows, heads = (nn.logical_to_mesh_axes((axis,))[0] for axis in ("batch", "act_heads"))
+    split = PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(kernel, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, check_vma=False)(
+        q, k, v, lengths
+    )
+
+
+def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, interpret: bool) -> Array:
+    """`attend` by JAX's splash attention kernel for TPUs: scores never leave the chip's fast memory, masked blocks are not computed."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (queries, block_q), (keys, block_k) = _blocks(q.shape[1]), _blocks(k.shape[1])
+    mask = masks.CausalMask((queries, keys)) if causal else masks.FullMask((queries, keys))
+    attention = kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * q.shape[2]),
+        block_sizes=kernel.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attended",
+        interpret=interpret,
+    )
+    # Padding on the right is hidden from causal queries already. Other queries, padding too, see the real keys: one segment.
+    real = jnp.arange(keys) < lengths[:, None]
+    segments = None if causal else kernel.SegmentIds(jnp.ones((q.shape[0], queries), jnp.int32), real.astype(jnp.int32))
+
+    def heads_first(x: Array, length: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    q = (q * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
+    y = jax.vmap(attention)(heads_first(q, queries), heads_first(k, keys), heads_first(v, keys), segments)
+    return y.swapaxes(1, 2)[:, : q.shape[1]]
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """The padded length, and the size of the equal blocks it is cut into."""
+    count = -(-length // _LARGEST_BLOCK)
+    block = -(-length // (count * _LANES)) * _LANES
+    return count * block, block
 
 
 def attend_cached(q: Array, keys: Array, values: Array, lengths: Array) -> Array:
@@ -64,17 +127,12 @@ def _in_blocks(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool
     batch, queries, heads, width = q.shape
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, queries, width)
-    count = min(4, max(1, queries // _SMALLEST_BLOCK)) if causal else 1
-    size = -(-queries // count)
     blocks = []
-    for start in range(0, queries, size):
-        end = min(start + size, queries)
+    for start, end in query_blocks(queries, causal):
         seen = end if causal else k.shape[1]
-        scores = jnp.einsum(
-            "bkgsh,bkth->bkgst", q[:, :, :, start:end], keys[:, :, :seen], preferred_element_type=jnp.float32
-        )
+        part, at = q[:, :, :, start:end], jnp.arange(seen)
+        scores = jnp.einsum("bkgsh,bkth->bkgst", part, keys[:, :, :seen], preferred_element_type=jnp.float32)
         scores *= 1 / math.sqrt(width)
-        at = jnp.arange(seen)
         if causal:
             scores = jnp.where(jnp.arange(start, end)[:, None] >= at, scores, _HIDDEN)
         if lengths is not None:
@@ -84,8 +142,16 @@ def _in_blocks(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool
         y = jnp.einsum(
             "bkgst,bkth->bkgsh", weights.astype(v.dtype), values[:, :, :seen], preferred_element_type=jnp.float32
         )
+        y = checkpoint_name(y.astype(q.dtype), "attended")
         blocks.append((y / weights.sum(-1, keepdims=True)).astype(q.dtype))
     return jnp.concatenate(blocks, axis=3).reshape(batch, heads, queries, width).swapaxes(1, 2)
+
+
+def query_blocks(queries: int, causal: bool) -> list[tuple[int, int]]:
+    """Start and end of the blocks of queries that "xla" goes through; a causal one sees keys up to its end."""
+    count = min(4, max(1, queries // _SMALLEST_BLOCK)) if causal else 1
+    size = -(-queries // count)
+    return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def attention_weights(q: Array, k: Array, lengths: Array | None, *, causal: bool) -> Array:
@@ -114,7 +180,7 @@ class EncoderAttention(nn.Module):
 
         def heads(name: str) -> Array:
             y = Dense(shape, ("embed", "heads", "head_dim"), dtype=self.dtype, name=name)(x)
-            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+            return checkpoint_name(nn.with_logical_constraint(y, ("batch", "length", "act_heads", None)), name)
 
         y = attend(heads("q"), heads("k"), heads("v"), lengths, causal=False, impl=self.impl)
         return Dense((width,), ("heads", "head_dim", "embed"), in_axes=2, dtype=self.dtype, name="o")(y)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rad_jax.lora import LoraSpec
 
@@ -19,8 +20,14 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
+_kept = jax.checkpoint_policies.save_only_these_names
+# What the backward pass finds of a block's forward pass beside the block's input; it computes the rest again. The names are given where
+# the values arise, by `checkpoint_name`; "attended" is the output of the attention.
 REMAT_POLICIES = {
-    "full": None,  # nothing is saved but the block's input
+    "full": None,
+    "attention": _kept("q", "k", "v", "attended", "adapter"),
+    # All that comes out of a large matrix product: what is computed again is norms, activations and additions.
+    "minimal": _kept("q", "k", "v", "attended", "adapter", "middle", "gate", "up", "hidden"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -44,6 +51,15 @@ def fan_in_uniform(axes: int) -> Init:
     return init
 
 
+def dropped(x: Array, rate: float, key: Array) -> Array:
+    """Dropout (Srivastava et al. 2014): entries become 0 with probability `rate`, to 1/65536, and the others grow so that the mean stays.
+
+    16 random bits per entry, for the masks of adapters are most of what there is to draw.
+    """
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 def scanned(block: Any, depth: int, remat: str, unroll: int) -> Any:
     """`block` repeated `depth` times over stacked parameters: one compiled body however deep the model.
 
@@ -57,7 +73,7 @@ def scanned(block: Any, depth: int, remat: str, unroll: int) -> Any:
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0, "lora": 0, "attention": 0},
+        variable_axes={"params": 0, "lora": 0, "scales": 0, "attention": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=depth,
@@ -70,7 +86,8 @@ class Dense(nn.Module):
     """Linear map over the last `in_axes` axes, to one or several output axes.
 
     y[..., *out] = x[..., *in] kernel[*in, *out] + bias[*out]; with `lora` also (alpha / R) (dropout(x) A[*in, R]) B[R, *out]. LoRA
-    dropout is active when a `dropout` rng is given.
+    dropout is active when a `dropout` rng is given. With `int8` the kernel is frozen, in whole numbers, to be multiplied by a scale per output
+    from the collection `scales` (`rad_jax.quantise`).
     """
 
     features: tuple[int, ...]
@@ -80,14 +97,20 @@ class Dense(nn.Module):
     lora: LoraSpec | None = None
     dtype: Any = jnp.float32
     kernel_init: Init = None
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         inputs = x.shape[x.ndim - self.in_axes :]
         x = x.astype(self.dtype)
-        kernel_init = self.kernel_init or fan_in_normal(self.in_axes)
-        kernel = self.param("kernel", _named(kernel_init, self.axes), inputs + self.features, jnp.float32)
-        y = self._contract(x, kernel, self.in_axes)
+        kernel_init = nn.initializers.zeros if self.int8 else self.kernel_init or fan_in_normal(self.in_axes)
+        stored = jnp.int8 if self.int8 else jnp.float32
+        kernel = self.param("kernel", _named(kernel_init, self.axes), inputs + self.features, stored)
+        y = self._contract(x, kernel, self.axes, self.in_axes)
+        if self.int8:
+            ones = _named(nn.initializers.ones, self.axes[self.in_axes :])
+            scale = self.variable("scales", "kernel", ones, None, self.features, jnp.float32).value
+            y = (y * scale).astype(self.dtype)
         if self.use_bias:
             bias_axes = self.axes[self.in_axes :]
             bias = self.param("bias", _named(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
@@ -105,14 +128,20 @@ class Dense(nn.Module):
         a = self.variable("lora", "a", created, fan_in_uniform(self.in_axes), (*inputs, spec.rank), a_axes).value
         b = self.variable("lora", "b", created, nn.initializers.zeros, (spec.rank, *self.features), b_axes).value
         if spec.dropout and self.has_rng("dropout"):
-            x = nn.Dropout(spec.dropout, deterministic=False)(x)
-        return self._contract(self._contract(x, a, self.in_axes), b, 1) * spec.scale
+            x = dropped(x, spec.dropout, self.make_rng("dropout"))
+        low = checkpoint_name(self._contract(x, a, a_axes, self.in_axes), "adapter")
+        return self._contract(low, b, b_axes, 1) * spec.scale
 
-    def _contract(self, x: Array, kernel: Array, axes: int) -> Array:
+    def _contract(self, x: Array, kernel: Array, names: tuple[str, ...], axes: int) -> Array:
+        # Shards of the kernel are brought together here and whole, in the smaller of the stored type and the one computed in. Left to
+        # itself XLA cuts the product into a loop over shards.
+        kernel = kernel if kernel.dtype == jnp.int8 else kernel.astype(self.dtype)
+        kernel = nn.with_logical_constraint(kernel, tuple(None if name == "embed" else name for name in names))
+        kernel = kernel.astype(self.dtype)
         # As one two-dimensional product: the gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
         batch, inputs, outputs = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
         rows = x.reshape(-1, math.prod(inputs))
-        return (rows @ kernel.astype(self.dtype).reshape(rows.shape[1], -1)).reshape(batch + outputs)
+        return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(batch + outputs)
 
 
 class LayerNorm(nn.Module):
@@ -172,7 +201,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         x = Dense((self.hidden,), ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_mlp"))
+        x = checkpoint_name(nn.with_logical_constraint(x, ("batch", "length", "act_mlp")), "hidden")
         return Dense((width,), ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](x))
 
 

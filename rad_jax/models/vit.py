@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rad_jax import images as pixels
 from rad_jax.models.attention import EncoderAttention, Impl
@@ -71,7 +72,7 @@ class Block(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         y = LayerNorm(c.eps, dtype, name="norm1")(x)
         y = EncoderAttention(c.heads, dtype, c.attention, name="attn")(y, None)
-        x = x + self._scaled("ls1", y)
+        x = checkpoint_name(x + self._scaled("ls1", y), "middle")
         y = LayerNorm(c.eps, dtype, name="norm2")(x)
         y = Mlp(c.mlp_dim, c.activation, dtype, name="mlp")(y)
         return x + self._scaled("ls2", y), None

@@ -10,9 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data.folder.builder import assign_splits, find_csv, make, read_rows
+from data.folder.builder import assign_splits, film, find_csv, read_rows
 from data.packing import Arguments, pack
-from data.records import Skip
+from data.records import Skip, make
 from rad_jax.errors import UserError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real"
@@ -48,7 +48,9 @@ def test_the_real_collection(tmp_path):
     if not (REAL / "reports.csv").is_file():
         pytest.skip(f"the real test data is not at {REAL}")
     manifest, _ = pack(arguments(REAL, image_size=64), tmp_path / "c", workers=2, progress=False)
-    assert manifest["summary"] == {"read": 87, "written": 64, "skipped": {"empty findings": 23}}
+    summary = manifest["summary"]
+    assert (summary["read"], summary["written"], summary["skipped"]) == (87, 64, {"empty findings": 23})
+    assert summary["duplicate_images"] == {"in the same split": 0, "in two splits": 0}
     assert sum(manifest["splits"].values()) == 64 and min(manifest["splits"].values()) > 0
     rows = {split: records(tmp_path / "c", split) for split in manifest["splits"]}
     patients = [{row["patient"] for row in split} for split in rows.values()]
@@ -61,7 +63,7 @@ def test_the_real_collection(tmp_path):
         source = {row["id"]: row for row in csv.DictReader(file)}
     for row in everything:
         wanted = source[row["id"].decode()]
-        assert row["findings"].decode() == wanted["findings"].strip()
+        assert json.loads(row["texts"])[0]["findings"] == wanted["findings"].strip()
         assert (row["orig_width"], row["orig_height"]) == (int(wanted["width"]), int(wanted["height"]))
 
 
@@ -101,12 +103,13 @@ def test_a_record_keeps_texts_shape_and_sides(tmp_path):
     row = {"image": "a.png", "findings": "Clear.", "impression": "Normal.", "view": "Left Lateral", "source": "here"}
     write_csv(tmp_path, [row])
     (read,) = read_rows(tmp_path / "reports.csv")
-    record = make(read, tmp_path, 20)
+    record = make(film(read, tmp_path), 20)
     assert not isinstance(record, Skip)
     assert (record["orig_height"], record["orig_width"]) == (60, 40)
     assert record["frontal"] is False and record["view"] == "LATERAL"
-    assert (record["id"], record["patient"], record["impression"]) == ("a", "a", "Normal.")
-    assert (record["indication"], record["annotations"]) == ("", "[]")
+    assert (record["id"], record["patient"], record["annotations"]) == ("a", "a", "[]")
+    (text,) = json.loads(record["texts"])
+    assert (text["impression"], text["indication"], text["method"]) == ("Normal.", None, "report")
     assert list(record["labels"]) == [-2] * 14
     (tmp_path / "b.png").write_bytes(record["image"])
     stored = np.asarray(Image.open(tmp_path / "b.png"))

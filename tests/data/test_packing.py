@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL
 import pytest
 import tensorflow_datasets as tfds
 
@@ -38,12 +41,16 @@ def corpus(tmp_path_factory):
 
 def test_what_a_corpus_holds(corpus):
     out, manifest = corpus
-    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "phantom", "skipped.csv", "tokenizer.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "index", "phantom", "skipped.csv", "tokenizer.json"]
     assert [p.name for p in out.parent.iterdir()] == ["corpus"]
     assert json.loads((out / "corpus.json").read_text()) == manifest
     assert manifest["format_version"] == 1 and manifest["builder_dir"] == "phantom/1.0.0"
     assert manifest["splits"] == {"train": 17, "validation": 1, "test": 2}
-    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}}
+    size = manifest["summary"].pop("bytes")
+    assert size == sum(path.stat().st_size for path in (out / manifest["builder_dir"]).iterdir())
+    equal = {"in the same split": 0, "in two splits": 0}
+    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}, "counts": {}, "duplicate_images": equal}
+    manifest["summary"]["bytes"] = size
     assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
     tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])
     assert tokenizer.vocab_size <= 512
@@ -58,10 +65,26 @@ def test_records_read_back_without_tensorflow(corpus):
         for row in rows:
             assert row["image"].shape == (32, 32, 1) and row["frontal"] is True
             truth = json.loads(row["annotations"])
-            said = parse(row["findings"].decode())
+            (text,) = json.loads(row["texts"])
+            said = parse(text["findings"])
             assert said == [(f["finding"], f["side"], f["size"], f["place"]) for f in truth]
             assert all(len(f["box"]) == 4 for f in truth)
     assert "tensorflow" not in sys.modules
+
+
+def test_the_index_of_every_selection(corpus):
+    out, manifest = corpus
+    assert set(manifest["selections"]) == {"all", "frontal", "pairs"}
+    for name, selection in manifest["selections"].items():
+        assert selection["question"] == "indication"
+        for split, index in selection["splits"].items():
+            path = out / "index" / f"{name}-{split}.npy"
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == index["sha256"]
+            rows = np.load(path)
+            assert rows.dtype == np.int32 and rows.tolist() == [[k, 0] for k in range(index["rows"])]
+            assert index["rows"] == manifest["splits"][split]
+    assert {"jpg", "libjpeg_turbo", "zlib", "pydicom"} <= set(manifest["provenance"]["decoders"])
+    assert manifest["provenance"]["pillow"] == PIL.__version__
 
 
 def test_packing_again_does_nothing(corpus):

@@ -1,0 +1,60 @@
+"""CSV tables of published corpora."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import sys
+from pathlib import Path
+
+from rad_jax.errors import UserError
+
+Row = dict[str, str]
+
+
+def find(source: Path, *names: str) -> Path:
+    """The first of these files that a corpus's folder has, packed with gzip or not.
+
+    Raises:
+        UserError: it has none of them; names the first.
+    """
+    for name in names:
+        for path in (source / name, source / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise UserError(
+        f"{source / names[0]}: not there: --source is the folder that holds it (see the top of the data set's builder)."
+    )
+
+
+def read(path: Path, *columns: str) -> list[Row]:
+    """The rows of a table, values stripped.
+
+    Raises:
+        UserError: the file cannot be read, is no table, or lacks a column.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # masks are longer than the default allows
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        missing = sorted(set(columns) - set(reader.fieldnames or ()))
+        if missing:
+            raise UserError(f"{path}: no column {', '.join(missing)}: is it another table?")
+        return [
+            {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)}
+            for row in reader
+        ]
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: damaged, or no table ({type(error).__name__}): download it again.") from error
+
+
+def number(text: str, unknown: int = -1) -> int:
+    """The whole number that a cell starts with ("058Y", "63.0", "85 or more"), or `unknown`."""
+    digits = ""
+    for letter in text:
+        if not letter.isdigit():
+            break
+        digits += letter
+    return int(digits) if digits else unknown

@@ -1,0 +1,103 @@
+"""How fast the intervals are: rows of sums resampled at once, against computing the metric again for every resample.
+
+The peers are what other evaluations do: scikit-learn's F1 on resampled label tables (eight of them: micro and macro, 14 and 5 classes, both
+rules for uncertain labels), and sacrebleu on resampled texts. A peer is timed for a few resamples and multiplied, for it would take hours.
+Both sides compute the same numbers, which is checked. Reports are random sentences, labels random; neither changes the work.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation import bleu, label_metrics, labels, statistics
+from evaluation.metric import Metric
+
+SENTENCES = (
+    "The lungs are clear.",
+    "Heart size is normal.",
+    "There is no pleural effusion or pneumothorax.",
+    "Small left pleural effusion with adjacent atelectasis.",
+    "Mild cardiomegaly is unchanged.",
+    "Patchy opacity in the right lower lobe may represent pneumonia.",
+    "The endotracheal tube ends 4.5 cm above the carina.",
+    "No acute osseous abnormality.",
+)
+PEER_RESAMPLES = 5
+
+
+def bootstrap(reports: int = 2461, draws: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of name, ours_s, peer_s, ratio, draws and reports: seconds for `draws` resamples of `reports` reports.
+
+    Ours includes counting the rows. Raises ValueError when the two sides disagree on a resample.
+    """
+    rng = np.random.default_rng(seed)
+    said, written = ([" ".join(rng.choice(SENTENCES, size=6)) for _ in range(reports)] for _ in range(2))
+    true, found = (rng.choice(4, size=(reports, 14), p=[0.6, 0.2, 0.15, 0.05]).astype(np.int8) for _ in range(2))
+    sizes = reports, draws
+    return [
+        _row(
+            "label F1, 8 averages", lambda: _label_metrics(true, found), lambda i: _peer_labels(true, found, i), *sizes
+        ),
+        _row(
+            "BLEU-4",
+            lambda: [bleu.metric(said, written, 4, "sacrebleu")],
+            lambda i: _peer_bleu(said, written, i),
+            *sizes,
+        ),
+    ]
+
+
+def _row(
+    name: str, metrics: Callable[[], list[Metric]], peer: Callable[[np.ndarray], list[float]], reports: int, draws: int
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    ours = metrics()
+    totals = statistics.resample(np.concatenate([m.rows for m in ours], axis=1), range(reports), draws=draws)
+    parts = np.split(totals, np.cumsum([m.rows.shape[1] for m in ours])[:-1], axis=1)
+    for metric, part in zip(ours, parts, strict=True):
+        statistics.percentile_interval(metric.value(part))
+    ours_s = time.perf_counter() - began
+    drawn = [np.random.default_rng(i).integers(0, reports, reports) for i in range(PEER_RESAMPLES)]
+    peer(drawn[0])  # its imports
+    began = time.perf_counter()
+    found = [peer(index) for index in drawn]
+    peer_s = (time.perf_counter() - began) / PEER_RESAMPLES * draws
+    for index, values in zip(drawn, found, strict=True):
+        mine = [float(m.value(m.rows[index].sum(axis=0, keepdims=True))[0]) for m in ours]
+        if not np.allclose(mine, values, rtol=1e-9):
+            raise ValueError(f"{name}: the two sides give different numbers, {mine} and {values}")
+    return {
+        "name": name,
+        "ours_s": ours_s,
+        "peer_s": peer_s,
+        "ratio": peer_s / ours_s,
+        "draws": draws,
+        "reports": reports,
+    }
+
+
+def _label_metrics(reference: np.ndarray, predicted: np.ndarray) -> list[Metric]:
+    wanted = [f"x_{a}_{size}{plus}" for plus in ("", "_plus") for size in (14, 5) for a in ("micro", "macro")]
+    found = {metric.name: metric for metric in label_metrics.metrics(reference, predicted, "x", "")}
+    return [found[name] for name in wanted]
+
+
+def _peer_labels(reference: np.ndarray, predicted: np.ndarray, index: np.ndarray) -> list[float]:
+    from sklearn.metrics import f1_score
+
+    out = []
+    for plus in (False, True):
+        true, said = (label_metrics.positive(table[index], plus) for table in (reference, predicted))
+        for chosen in (labels.columns(labels.CLASSES), labels.columns()):
+            for average in ("micro", "macro"):
+                out.append(float(f1_score(true[:, chosen], said[:, chosen], average=average, zero_division=0)))
+    return out
+
+
+def _peer_bleu(predictions: Sequence[str], references: Sequence[str], index: np.ndarray) -> list[float]:
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU(force=True)
+    return [scorer.corpus_score([predictions[i] for i in index], [[references[i] for i in index]]).score]

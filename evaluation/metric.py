@@ -1,0 +1,52 @@
+"""What every score here is made of: a row of sums per report, and a function from summed rows to the number.
+
+The split is what makes intervals and tests cheap: a resample of reports is a weighted sum of rows, so no metric is ever computed again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from evaluation import statistics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score of one system.
+
+    rows: float64 [n, k], one per report; a report that does not count has a row of zeros.
+    value: totals [m, k] -> scores [m], NaN where nothing was counted.
+    n: how many reports count.
+    scale: 1.0 or 100.0, the greatest score (of an error count: its unit).
+    point: what is reported as the value instead of value(sum of rows); None for that.
+    per_finding: the classes of a label metric with their own numbers, as plain JSON.
+    """
+
+    name: str
+    signature: str
+    rows: np.ndarray
+    value: Callable[[np.ndarray], np.ndarray]
+    n: int
+    scale: float = 1.0
+    point: float | None = None
+    per_finding: dict[str, Any] = field(default_factory=dict)
+
+    def total(self) -> float:
+        """The score over all reports."""
+        return float(self.value(self.rows.sum(axis=0, keepdims=True))[0])
+
+    def each(self) -> np.ndarray:
+        """The score of every report alone, float64 [n]."""
+        return self.value(self.rows)
+
+
+def mean(totals: np.ndarray) -> np.ndarray:
+    """First column by the second, for rows [n, 2] of a number and what it is out of (one, for a mean); NaN where that is 0."""
+    return statistics.ratio(totals[:, 0], totals[:, 1])
+
+
+def mean_rows(values: np.ndarray) -> np.ndarray:
+    """Rows [n, 2] whose `mean` is the mean of `values` [n]."""
+    return np.stack([values, np.ones(len(values))], axis=1).astype(np.float64)

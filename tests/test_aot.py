@@ -1,0 +1,192 @@
+"""Abstract arguments against real ones, and claims about the compiled step: its FLOPs, its collectives, its size in depth."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import common
+from rad_jax import aot, chips, flops, hlo, optim, schedule, sharding, tasks, train
+
+CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # quick to compile
+
+
+def experiment(stage, remat="none", depth=3, num_micro=1, **settings):
+    """A small model with the proportions of the real one, 49 patches and 65 words a row, on eight devices."""
+    vision = {"image_size": 98, "patch_size": 14, "width": 64, "depth": 3, "heads": 2, "mlp_dim": 256}
+    llm = {"vocab_size": 512, "width": 128, "depth": depth, "heads": 4, "kv_heads": 2, "mlp_dim": 352, "remat": remat}
+    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+    model = {"vision": {**vision, "feature_layer": -2}, "llm": llm}
+    trainable: tuple[str, ...] = ("params/projector/.*",)
+    if stage == 3:
+        model["lora"], trainable = lora, (*trainable, "lora/.*")
+    data = {"template": "v1", "text_length": 65, "target_length": 32}
+    config = common.experiment("generative", model, trainable, data, steps=10, batch_size=16)
+    config.update({"frozen_dtype": "bfloat16", "num_micro": num_micro, "mesh": {"data": 1, "fsdp": 8, "tensor": 1}})
+    config.update(settings)
+    return config
+
+
+def lowered(config):
+    mesh = sharding.make_mesh(**config.mesh)
+    task, optimizer = tasks.make_task(config), optim.optimizer(config.optimizer, config.steps)
+    state, frozen = train.abstract(config, task, optimizer, mesh)
+    step = train.jitted_step(config, task, optimizer, state)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        return state, step.lower(state, frozen, aot.abstract_batch(config, mesh))
+
+
+@functools.cache
+def text_of(*settings, **more):
+    return lowered(experiment(*settings, **more))[1].compile(compiler_options=CPU).as_text()
+
+
+def formula(config):
+    data = config.data
+    lengths = flops.Lengths(data.text_length, data.target_length, data.text_length, data.target_length)
+    parts = flops.training(tasks.model_config(config), config.trainable, lengths, config.batch_size)
+    return flops.total(parts).executed * config.batch_size / 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "remat"),
+    [
+        (3, "full"),
+        (3, "minimal"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((3, "none"), (3, "attention"), (3, "dots"), (2, "full"))
+        ),
+    ],
+)
+def test_compiled_flops_are_those_of_the_formula(stage, remat):
+    """Within 5 %, either way: more would be a gradient of the frozen weights (another 2 N), fewer a formula that flatters."""
+    assert hlo.parse(text_of(stage, remat)).flops == pytest.approx(formula(experiment(stage, remat)), rel=0.05)
+
+
+@pytest.mark.slow
+def test_accumulation_computes_nothing_twice():
+    assert hlo.parse(text_of(3, "full", num_micro=2)).flops == pytest.approx(
+        hlo.parse(text_of(3, "full")).flops, rel=0.01
+    )
+
+
+def reduced(text):
+    """Elements that chips add up among each other, per step."""
+    network = schedule.Network(chips.CHIPS["v5e"], {"data": 1, "fsdp": 8, "tensor": 1})
+    found = schedule.read(text, network).collectives
+    return sum(found[kind, "fsdp", "bytes"] for kind in ("all-reduce", "reduce-scatter")) / 4
+
+
+def test_only_gradients_of_trainables_cross_the_mesh():
+    """They are float32, and cross once; the frozen decoder alone has several times as many weights."""
+    config = experiment(3, "full")
+    state, _ = lowered(config)
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    _, frozen = train.abstract(
+        config, tasks.make_task(config), optim.optimizer(config.optimizer, 10), sharding.make_mesh(1, 8, 1)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) > 3 * trainable
+    assert 0.5 * trainable < reduced(text_of(3, "full")) < 1.1 * trainable
+
+
+def test_optimizer_has_two_moments_of_each_trainable_and_nothing_else():
+    state, _ = lowered(experiment(3))
+    weights = jax.tree.leaves(state.trainable)
+    arrays = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(arrays) == 2 * len(weights) == 2 * (4 + 2 * 7)
+    assert sum(leaf.size for leaf in arrays) == 2 * sum(leaf.size for leaf in weights)
+
+
+def test_program_is_flat_in_depth():
+    """Compile time and memory follow the size of the program: counted, since timing is noise."""
+    short, long = (lowered(experiment(3, "full", depth))[1].as_text().count("\n") for depth in (2, 32))
+    assert long < 1.05 * short
+
+
+@pytest.mark.slow
+def test_compiled_program_is_flat_in_depth():
+    short, long = (text_of(3, "full", depth).count("\n") for depth in (2, 32))
+    assert long < 1.3 * short
+
+
+@pytest.mark.parametrize("frozen_dtype", ["bfloat16", "int8"])
+def test_abstract_state_is_that_of_training(training, frozen_dtype):
+    """Every array of `train.initial`: shape, dtype, place; the moments too."""
+    config = training.config("stage3", frozen_dtype=frozen_dtype)
+    task, mesh = tasks.make_task(config), training.mesh(fsdp=4, tensor=2)
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    expected = train.abstract(config, task, optimizer, mesh)
+    base = training.config("stage3")
+    with jax.set_mesh(mesh):
+        found = train.initial(config, task, optimizer, training.variables(base), mesh)
+
+    def described(leaf):
+        return leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape)
+
+    assert jax.tree.map(described, found) == jax.tree.map(described, expected)
+
+
+@pytest.mark.parametrize("stage", ["lm", "stage1", "stage3"])
+def test_abstract_batch_is_that_of_the_input_pipeline(training, stage):
+    config = training.config(stage)
+    batch = next(training.batches(config))
+    found = aot.abstract_batch(config, training.mesh(fsdp=8))
+    if "vision" not in config.model:
+        batch.pop("image", None)
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
+        name: (x.shape, jnp.dtype(x.dtype)) for name, x in batch.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------- with the TPU compiler
+
+tpu = pytest.mark.slow
+
+
+@pytest.fixture
+def place():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    return chips.find("v5e-8")
+
+
+@tpu
+def test_compiling_for_a_tpu(place):
+    config = experiment(3, "full", mesh={"data": 1, "fsdp": 8, "tensor": 1})
+    config.data.mean_text_length = 40
+    program = aot.compile_training(config, place)
+    found = aot.report(program)
+    assert (found["chips"], found["mesh"]) == (8, {"data": 1, "fsdp": 8, "tensor": 1})
+    assert found["flops_compiled"] == pytest.approx(found["flops_formula"], rel=0.05)
+    assert found["trainable_params"] * 12 == pytest.approx(found["checkpoint_bytes"], rel=1e-3)
+    assert 0 < found["memory"]["arguments"] < found["peak_hbm_bytes"] < found["hbm_bytes"]
+    assert found["predicted_step_s"] == pytest.approx(
+        sum(found["schedule"][f"{k}_s"] for k in ("matmul", "other", "kernels", "exposed"))
+    )
+    assert found["real_tokens"] == 40 + 48 and found["sequence_length"] == 65 + 48
+    assert {row["axes"] for row in found["collectives"]} == {"fsdp"}
+    assert 0 < found["lora_mfu"] < found["mfu_6n"] < 1
+
+
+@tpu
+def test_a_program_that_does_not_fit(place):
+    config = experiment(3, batch_size=4096, mesh={"data": 1, "fsdp": 8, "tensor": 1})
+    config.model.llm.update(width=1024, mlp_dim=4096, depth=16)
+    with pytest.raises(aot.DoesNotFit, match=r"needs [\d.]+ GiB per chip of 15.75 GiB: [\d.]+ GiB too many") as caught:
+        aot.compile_training(config, place)
+    assert caught.value.needed > caught.value.available == place.chip.hbm
+
+
+def test_without_the_tpu_compiler(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(aot.UserError, match=r"needs its compiler, libtpu.*pip install 'jax\[tpu\]=="):
+        aot.devices(chips.find("v5e-8"))
+
+
+def test_other_errors_of_the_compiler_are_not_explained_away():
+    error = RuntimeError("INTERNAL: something else")
+    assert aot._explained(error) is error
+    memory = aot._explained(RuntimeError("temporaries (17.58G) exceeds available HBM (15.75G)"))
+    assert isinstance(memory, aot.DoesNotFit) and memory.needed == pytest.approx(17.58 * 2**30)

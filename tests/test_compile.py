@@ -1,0 +1,112 @@
+"""The command around ahead-of-time compilation: what it refuses, how it says that a program is too large, and its search."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import stage3
+from launch import compile as command
+from rad_jax import aot
+from rad_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.compile", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--topology is missing"),
+        (("--topology=v5e-17",), "error: there is no v5e-17: v5e has slices of 1, 4, 8"),
+        (("--topology=v5e-64", "--config.batch_size=96"), "error: 96 rows cannot be shared by 64 devices in 1 turns"),
+        (("--topology=v5e-16", "--search_rows=one"), "--search_rows and --search_mesh take numbers"),
+    ],
+)
+def test_one_sentence_and_status_2(arguments, message):
+    done = run("--config=configs/stage3.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def searching(monkeypatch, **lists):
+    for name in ("rows", "remat", "mesh", "dtype"):
+        values = lists.get(name, [])
+        monkeypatch.setattr(command, f"_{name.upper()}", type("Flag", (), {"value": values}))
+    config = stage3.get_config("v5e-16")
+    config.batch_size = 64
+    return config
+
+
+def test_combinations_share_the_batch_and_keep_it(monkeypatch):
+    config = searching(monkeypatch, rows=["1", "2", "3"], remat=["full", "minimal"], mesh=["1x16x1", "16x1x1"])
+    found = command.combinations(config)
+    assert len(found) == 8  # three rows on each of 16 devices are not a part of 64
+    assert {setting["frozen_dtype"] for setting in found} == {"bfloat16"}
+    for setting in found:
+        tried = command.varied(config, setting)
+        devices = tried.mesh.data * tried.mesh.fsdp
+        assert tried.num_micro * devices * setting["rows"] == tried.batch_size == 64
+        assert tried.model.llm.remat == setting["remat"]
+    assert config.mesh.to_dict() == {"data": 1, "fsdp": 16, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"rows": ["3"]}, "0 combinations share 64 rows evenly"),
+        ({"rows": ["1", "2", "4"], "remat": list("abcdefghi")}, "27 combinations share 64 rows"),
+        ({"mesh": ["16x1"]}, "--search_mesh takes data x fsdp x tensor"),
+    ],
+)
+def test_searches_that_cannot_be(monkeypatch, lists, message):
+    config = searching(monkeypatch, **lists)
+    with pytest.raises(UserError, match=message):
+        command.combinations(config)
+
+
+def test_what_no_other_row_beats():
+    def row(gib, speed):
+        setting = {"mesh": (1, 16, 1), "remat": "full", "frozen_dtype": "int8", "rows": 2}
+        fits = {"peak_hbm_bytes": gib * 2**30, "tokens_per_s_per_chip": speed, "lora_mfu": 0.5, "predicted_step_s": 1.0}
+        return {"setting": setting, **(fits if speed else {"needed_bytes": gib * 2**30})}
+
+    rows = [row(4, 100), row(8, 200), row(9, 150), row(8, 120), row(20, 0)]
+    command.mark(rows)
+    assert [row["best"] for row in rows] == [True, True, False, False, False]
+    lines = command.table(rows).splitlines()
+    assert [line[0] for line in lines[1:]] == ["*", "*", " ", " ", " "]
+    assert "does not fit" in lines[-1]
+
+
+def test_advice_names_what_can_still_be_done():
+    config = stage3.get_config("v5e-16")
+    config.model.llm.remat = "minimal"
+    text = aot.advice(config)
+    assert "remat=full" in text and "frozen_dtype=int8" in text
+    config.model.llm.remat, config.frozen_dtype = "full", "int8"
+    config.num_micro = config.batch_size // 16
+    assert aot.advice(config) == "What helps: a larger slice (--topology)."
+
+
+@pytest.mark.slow
+def test_too_large_a_program_is_status_3():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    done = run(
+        *("--config=configs/stage3.py", "--topology=v5e-4", "--config.mesh.data=4", "--config.mesh.fsdp=1"),
+        *("--config.model.llm.attention=xla", "--config.num_micro=16"),
+    )
+    assert done.returncode == 3, done.stderr
+    assert "GiB too many" in done.stdout and "What helps: " in done.stdout and "--config.mesh.fsdp=4" in done.stdout

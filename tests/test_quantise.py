@@ -1,0 +1,78 @@
+"""Frozen weights in 8 bits: rounding, placement, and a loss that is that of the rounded weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rad_jax import optim, quantise, tasks, train
+from rad_jax.errors import UserError
+
+
+def begin(training, config, base, **axes):
+    task, mesh = tasks.make_task(config), training.mesh(**axes)
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    with jax.set_mesh(mesh):
+        return task, *train.initial(config, task, optimizer, base, mesh)
+
+
+def test_rounding_against_numpy():
+    kernels = np.random.default_rng(0).normal(size=(2, 6, 3, 5)).astype(np.float32)
+    kernels[0, :, 1, 2] = 0
+    whole, scales = jax.jit(quantise.quantise, static_argnames="inputs")(kernels, inputs=2)
+    assert (whole.dtype, whole.shape, scales.dtype, scales.shape) == (jnp.int8, kernels.shape, jnp.float32, (2, 5))
+    assert np.abs(np.asarray(whole, np.int32)).max((1, 2)).min() == 127  # every column uses the whole range
+    error = np.abs(np.asarray(whole, np.float32) * np.asarray(scales)[:, None, None] - kernels)
+    assert (error <= np.abs(kernels).max((1, 2), keepdims=True) / 254 * 1.0001).all()
+
+
+def test_column_of_zeros():
+    whole, scales = quantise.quantise(jnp.zeros((1, 4, 2)), inputs=1)
+    assert not whole.any() and (scales == 1).all()
+
+
+def test_what_is_held_in_what(training):
+    config = training.config("stage3", frozen_dtype="int8")
+    _, state, frozen = begin(training, config, training.variables(training.config("stage3")), data=2, fsdp=2, tensor=2)
+    held = {path: leaf.dtype.name for path, leaf in flatten_dict(frozen, sep="/").items()}
+    layers = "params/llm/layers/"
+    eight_bits = {path for path, dtype in held.items() if dtype == "int8"}
+    assert eight_bits == {
+        layers + f"{part}/kernel" for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+    }
+    assert {path for path, dtype in held.items() if dtype == "float32"} == {"scales" + path[6:] for path in eight_bits}
+    assert held["params/llm/embed/embedding"] == held["params/llm/head/kernel"] == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
+    down = frozen["params"]["llm"]["layers"]["mlp"]["down"]["kernel"]
+    assert {shard.data.size for shard in down.addressable_shards} == {down.size // 4}
+
+
+def test_loss_and_gradients_are_those_of_the_rounded_weights(training):
+    """Against the same model with float32 weights of the values that the 8 bits stand for: float32 rounding of products is all that differs."""
+    config = training.config("stage3")
+    base = training.variables(config)
+    config8 = training.config("stage3", frozen_dtype="int8")
+    task8, state, frozen8 = begin(training, config8, base)
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(frozen8, sep="/").items()}
+    scales = {path: flat.pop(path) for path in [path for path in flat if path.startswith("scales/")]}
+    for path, scale in scales.items():
+        kernel = "params" + path[6:]
+        inputs = flat[kernel].ndim - scale.ndim
+        flat[kernel] = flat[kernel] * scale.reshape(scale.shape[0], *(1,) * inputs, *scale.shape[1:])
+    batch, key = training.batch(config), jax.random.key(0)
+    eight = jax.jit(task8.value_and_grad, static_argnums=4)(state.trainable, frozen8, batch, key, 1)
+    task = tasks.make_task(config)
+    exact = jax.jit(task.value_and_grad, static_argnums=4)
+    rounded = exact(state.trainable, unflatten_dict(flat, sep="/"), batch, key, 1)
+    np.testing.assert_allclose(eight.loss_sum, rounded.loss_sum, rtol=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(eight.grads), jax.tree.leaves(rounded.grads), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-4 * max(np.abs(theirs).max(), 1e-3))
+
+
+def test_layers_that_learn_are_refused(training):
+    config = training.config("lm", frozen_dtype="int8")
+    with pytest.raises(UserError, match="frozen_dtype is int8 but the language model's layers learn"):
+        begin(training, config, {})
+    with pytest.raises(UserError, match="frozen_dtype is int8 but the task has no language model"):
+        tasks.make_task(training.config("stage1", frozen_dtype="int8"))
