@@ -60,7 +60,8 @@ PREDICTIONS = {"a": LEFT, "b": LEFT, "c": CLEAR, "d": ""}
 
 
 class MemoryCorpus(Corpus):
-    def source(self, split: str) -> Any:
+    def source(self, split: str, selection: str = "all") -> Any:
+        assert selection == "all"
         return RECORDS[split]
 
 
