@@ -1,6 +1,7 @@
 """Abstract arguments against real ones, and claims about the compiled step: its FLOPs, its collectives, its size in depth."""
 
 import functools
+import pickle
 
 import flax.linen as nn
 import jax
@@ -153,7 +154,7 @@ def place():
 
 
 @tpu
-def test_compiling_for_a_tpu(place):
+def test_compiling_for_a_tpu(place, tmp_path):
     config = experiment(3, "full", mesh={"data": 1, "fsdp": 8, "tensor": 1})
     config.data.mean_text_length = 40
     program = aot.compile_training(config, place)
@@ -167,7 +168,9 @@ def test_compiling_for_a_tpu(place):
     )
     assert found["real_tokens"] == 40 + 48 and found["sequence_length"] == 65 + 48
     assert {row["axes"] for row in found["collectives"]} == {"fsdp"}
-    assert 0 < found["lora_mfu"] < found["mfu_6n"] < 1
+    assert 0 < found["lora_mfu"] < found["lora_mfu_full_rows"] < found["mfu_6n"] < 1
+    aot.save(program, tmp_path / "step")
+    assert pickle.loads((tmp_path / "step").read_bytes())[0]
 
 
 @tpu
