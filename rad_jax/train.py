@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from rad_jax import distributed, metrics, optim, quantise, sharding
 from rad_jax.checkpoint import Checkpointer
@@ -188,7 +188,9 @@ def initial(
     return start(trainable, optimizer, config.seed, mesh), frozen
 
 
-def abstract(config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Tree]:
+def abstract(
+    config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> tuple[TrainState, Tree]:
     """What `initial` gives, as shapes, dtypes and places: no weight is read or drawn."""
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     places = flatten_dict(sharding.variable_shardings(boxed, mesh), sep="/")
@@ -226,7 +228,7 @@ def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, m
     )
 
 
-def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> Any:
     """Places for the optimizer's state: a moment lives where its weight does, the rest is everywhere."""
     shapes, whole = jax.eval_shape(optimizer.init, trainable), sharding.replicated(mesh)
     return optax.tree.map_params(
