@@ -51,6 +51,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         # findings of up to 422 tokens, some 230 words, are kept whole.
         "text_length": 424,
         "target_length": 422,
+        "mean_text_length": 46,  # of stage 3's reports; only the estimates of launch.compile ask for it
         "selection": "frontal",  # the original's films are AP and PA
     }
     model = {"vision": FEATURES, "llm": LLM}

@@ -138,8 +138,8 @@ def page(found: dict[str, Any]) -> str:
         f"time, estimated   {found['predicted_step_s']:.4f} s: products {schedule['matmul_s']:.4f}, kernels {schedule['kernels_s']:.4f}, other "
         f"{schedule['other_s']:.4f}, waiting for collectives {schedule['exposed_s']:.4f} of {schedule['transfers_s']:.4f}",
         f"per chip          {found['tokens_per_s_per_chip']:,.0f} real tokens/s",
-        f"utilisation       {found['lora_mfu']:.1%} (needed FLOPs: 4 N for frozen weights), {found['mfu_6n']:.1%} (6 N), "
-        f"{found['hardware_utilization']:.1%} (computed)",
+        f"utilisation       {found['lora_mfu']:.1%} (needed FLOPs: 4 N for frozen weights; {found['lora_mfu_full_rows']:.1%} if texts filled "
+        f"their rows), {found['mfu_6n']:.1%} (6 N), {found['hardware_utilization']:.1%} (computed)",
     ]
     if schedule["unknown_kernels"]:
         lines.append(f"no time is known for, and none counted of: {', '.join(schedule['unknown_kernels'])}")

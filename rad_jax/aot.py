@@ -124,7 +124,7 @@ def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Progra
     step = train.jitted_step(config, task, optimizer, state)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         start = time.perf_counter()
-        executable = _compiled(step.lower(*arguments), config)
+        executable = _compiled(step.lower(*arguments))
     seconds = time.perf_counter() - start
     return Program(
         config, place, slices, mesh, arguments, config.batch_size, 0, executable, executable.as_text(), seconds
@@ -161,7 +161,7 @@ def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         start = time.perf_counter()
         lowered = generate.generate.lower(task.model, variables, batch, key, max_new_tokens=max_new_tokens, eos_id=2)
-        executable = _compiled(lowered, config)
+        executable = _compiled(lowered)
     seconds = time.perf_counter() - start
     text = executable.as_text()
     return Program(config, place, slices, mesh, (variables, batch), rows, max_new_tokens, executable, text, seconds)
@@ -183,9 +183,9 @@ def abstract_batch(config: Any, mesh: Mesh, rows: int | None = None) -> dict[str
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
 
 
-def _compiled(lowered: Any, config: Any) -> Any:
+def _compiled(lowered: Any) -> Any:
     try:
-        return lowered.compile(compiler_options=dict(config.get("compiler_options", {})))
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error) from error
 
@@ -233,12 +233,16 @@ def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]
     Args:
         program: a train step or generation.
         text_tokens: real text tokens of a row on average; without it what the config says, else all of them.
+
+    Returns:
+        `lora_mfu` counts what real tokens need, `lora_mfu_full_rows` what they would need if texts filled their rows.
     """
     config, place = program.config, program.place
     reading = schedule.read(program.text, schedule.network_of(program))
     model = tasks.model_config(config)
     parts, lengths = _work(program, model, text_tokens)
     work = flops.total(parts)
+    full = flops.total(_work(program, model, config.data.text_length)[0])
     rows = program.rows / program.chips / reading.seconds  # per second and chip
     memory = program.memory
     tokens = lengths.text + model.image_tokens + program.new_tokens
@@ -274,6 +278,7 @@ def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]
         },
         "tokens_per_s_per_chip": tokens * rows,
         "lora_mfu": work.needed * rows / place.chip.peak,
+        "lora_mfu_full_rows": full.needed * rows / place.chip.peak,
         "mfu_6n": work.trained * rows / place.chip.peak,
         "hardware_utilization": reading.flops / reading.seconds / place.chip.peak,
         "compile_s": program.seconds,

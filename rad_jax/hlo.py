@@ -84,39 +84,24 @@ class Module:
     computations: Mapping[str, Computation]
     entry: str
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a `while` turns; of one that ends by its data, the most it can.
+    def trips(self, home: Computation, loop: Instruction) -> int:
+        """How often a `while` in `home` turns; of one that ends by its data, the most it can.
 
-        XLA writes known counts down. Otherwise the condition compares a counter, which starts at zero, with a constant.
+        XLA writes known counts down. Otherwise the condition compares a counter with a constant. The counter does not begin at zero where
+        the compiler has taken the first turn out of the loop, and grows by more than one where it has unrolled the body.
         """
         known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
         condition = self.computations[loop.attribute(r"condition=%?([\w.-]+)") or ""]
-        bounds = [int(i.literal) for i in self.inside(condition.name) if i.opcode == "constant" and _whole(i.literal)]
-        step = self._step(loop, condition)
-        return max(1, max(bounds, default=1) // step)
-
-    def _step(self, loop: Instruction, condition: Computation) -> int:
-        """What one turn adds to the counter: more than one where the compiler has unrolled the body."""
         body = self.computations[loop.attribute(r"body=%?([\w.-]+)") or ""]
-        compared = next((i for i in condition if i.opcode == "compare"), None)
-        if compared is None or body.root.opcode != "tuple":
-            return 1
-        counter = next(
-            (i for name in compared.operands if (i := condition.instructions[name]).opcode == "get-tuple-element"), None
-        )
-        if counter is None:
-            return 1
-        found, total = body.instructions[body.root.operands[int(counter.attribute(r"index=(\d+)") or 0)]], 0
-        while found.opcode in ("add", "copy", "bitcast"):
-            terms = [body.instructions[name] for name in found.operands]
-            total += sum(int(t.literal) for t in terms if t.opcode == "constant")
-            rest = [t for t in terms if t.opcode != "constant"]
-            if len(rest) != 1:
-                break
-            found = rest[0]
-        return max(1, total)
+        bounds = [int(i.literal) for i in self.inside(condition.name) if i.opcode == "constant" and _whole(i.literal)]
+        first, step = 0, 1
+        if (place := _counter(condition)) is not None:
+            start = home.instructions[loop.operands[0]]
+            first = _value(home, start.operands[place]) if start.opcode == "tuple" else 0
+            step = _value(body, body.root.operands[place]) if body.root.opcode == "tuple" else 1
+        return max(1, -(-(max(bounds, default=1) - first) // max(1, step)))
 
     def inside(self, name: str) -> Iterator[Instruction]:
         """All instructions of a computation and of the fusions in it."""
@@ -144,7 +129,7 @@ class Module:
             return product_flops(home, instruction)
         if instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.-]+)") or ""
-            return self.trips(instruction) * self._computation_flops(body, memo)
+            return self.trips(home, instruction) * self._computation_flops(body, memo)
         if instruction.opcode == "conditional":
             return max(self._computation_flops(branch, memo) for branch in branches(instruction))
         called = instruction.called
@@ -252,6 +237,33 @@ def product_flops(home: Computation, product: Instruction) -> float:
         inside = (places >= 0) & (places % left_step == 0) & (places // left_step < left[inputs.index(label)])
         hits *= int(inside.sum())
     return 2.0 * hits * right[kernel.index("i")] * out[outputs.index("f")] * out[outputs.index("b")]
+
+
+def _counter(condition: Computation) -> int | None:
+    """Which element of the loop's tuple a condition compares with a constant, where it does so plainly."""
+    for compare in condition:
+        terms = [condition.instructions[name] for name in compare.operands] if compare.opcode == "compare" else []
+        for term in terms:
+            if term.opcode == "get-tuple-element" and any(other.opcode == "constant" for other in terms):
+                return int(term.attribute(r"index=(\d+)") or 0)
+    return None
+
+
+def _value(home: Computation, name: str) -> int:
+    """The constant that an instruction gives, or adds to the counter it starts from."""
+    found, total = home.instructions[name], 0
+    while True:
+        terms = [home.instructions[operand] for operand in found.operands]
+        if found.opcode == "constant":
+            return total + int(found.literal) if _whole(found.literal) else total
+        if found.opcode not in ("add", "copy", "bitcast"):
+            return total
+        constants = [term for term in terms if term.opcode == "constant"] if found.opcode == "add" else []
+        total += sum(int(term.literal) for term in constants if _whole(term.literal))
+        rest = [term for term in terms if term not in constants]
+        if len(rest) != 1:
+            return total
+        found = rest[0]
 
 
 def _whole(text: str) -> bool:

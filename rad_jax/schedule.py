@@ -107,10 +107,15 @@ class Network:
         slices = {self.places[member][0] for member in group} if self.places else {0}
         inside = [m for m in group if not self.places or self.places[m][0] == self.places[group[0]][0]]
         seconds = self._links(kind, size, inside) if len(inside) > 1 else 0.0
-        if len(slices) > 1:  # what remains after the part inside each slice goes over the data centre's network
-            share, turns = size / len(inside), 2 if kind == "all-reduce" else 1
-            seconds += turns * share * (1 - 1 / len(slices)) / self.chip.dcn
+        if len(slices) > 1:  # what is left after the part inside each slice
+            seconds += self.between(kind, size / len(inside))
         return seconds
+
+    def between(self, kind: str, size: float) -> float:
+        """Seconds for `size` bytes of each chip to go between slices, over the data centre's network."""
+        slices = len({place[0] for place in self.places}) or 2
+        turns = 2 if kind == "all-reduce" else 1
+        return turns * size * (1 - 1 / slices) / self.chip.dcn
 
     def _links(self, kind: str, size: float, group: Sequence[int]) -> float:
         bandwidth, hops = self.chip.ici, len(group)
@@ -157,17 +162,20 @@ class _Links:
 
     Attributes:
         free: when the links have done what was asked of them: they serve one asynchronous collective after another.
+        network: the same of the data centre's network.
         arrival: when each of these will have arrived, in seconds from the start of the piece of schedule.
         carried: of collectives that fusions carry on, the seconds still to go; only their own fusions bring them on.
     """
 
     free: float = 0.0
+    network: float = 0.0
     arrival: dict[str, float] = dataclasses.field(default_factory=dict)
     carried: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def shifted(self, seconds: float) -> "_Links":
         """The same, with times counted from `seconds` earlier."""
-        return _Links(self.free + seconds, {k: t + seconds for k, t in self.arrival.items()}, dict(self.carried))
+        arrival = {key: time + seconds for key, time in self.arrival.items()}
+        return _Links(self.free + seconds, self.network + seconds, arrival, dict(self.carried))
 
 
 class _Reader:
@@ -181,11 +189,13 @@ class _Reader:
         home = self._module.computations[name]
         for instruction in home:
             if instruction.opcode == "while":
-                links = self._loop(instruction, reading, links)
+                links = self._loop(home, instruction, reading, links)
             elif instruction.opcode in ("call", "conditional"):
                 links = self._branch(instruction, reading, links)
             elif instruction.collective:
                 self._collective(home, instruction, reading, links)
+            elif instruction.opcode in ("send", "recv-done") and "is_host_transfer=true" in instruction.attributes:
+                self._between_slices(home, instruction, reading, links)
             elif instruction.opcode in ("fusion", "async-start") and instruction.called:
                 self._fusion(instruction, reading, links)
             elif instruction.opcode == "custom-call":
@@ -204,9 +214,9 @@ class _Reader:
         reading.flops += products
         reading.seconds += seconds
 
-    def _loop(self, loop: hlo.Instruction, reading: Reading, links: _Links) -> _Links:
+    def _loop(self, home: hlo.Computation, loop: hlo.Instruction, reading: Reading, links: _Links) -> _Links:
         """The first turn finds under way what came before it, the others what the turn before them left."""
-        body, turns = loop.attribute(r"body=%?([\w.-]+)") or "", self._module.trips(loop)
+        body, turns = loop.attribute(r"body=%?([\w.-]+)") or "", self._module.trips(home, loop)
         first, left = self.run(body, links.shifted(-reading.seconds))
         reading.add(first)
         if turns > 1:
@@ -246,10 +256,29 @@ class _Reader:
         axes = self._network.spanned(
             {m for group in groups for m in group} if kind == "collective-permute" else groups[0]
         )
+        self._enter(kind, axes, size, seconds, reading)
+        return seconds
+
+    def _enter(self, kind: str, axes: str, size: float, seconds: float, reading: Reading) -> None:
         for what, value in (("bytes", size), ("seconds", seconds), ("number", 1)):
             reading.collectives[kind, axes, what] += value
         reading.transfers += seconds
-        return seconds
+
+    def _between_slices(
+        self, home: hlo.Computation, instruction: hlo.Instruction, reading: Reading, links: _Links
+    ) -> None:
+        """What the hosts of several slices do with each other's arrays, from a chip's `send` to the end of its `recv`."""
+        rendezvous = r'_xla_host_transfer_rendezvous="([^"]+)"'
+        if instruction.opcode == "recv-done":
+            key = home.instructions[instruction.operands[0]].attribute(rendezvous) or ""
+            self._wait(links.arrival.pop(key, 0.0) - reading.seconds, reading)
+            return
+        kind = (instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "send").lower().replace("_", "-")
+        size = hlo.size(home.instructions[instruction.operands[0]].shape)
+        seconds = self._network.between(kind, size)
+        links.network = max(reading.seconds, links.network) + seconds
+        links.arrival[instruction.attribute(rendezvous) or instruction.name] = links.network
+        self._enter(kind, "slices", size, seconds, reading)
 
     def _wait(self, seconds: float, reading: Reading) -> None:
         reading.exposed += max(0.0, seconds)
@@ -319,5 +348,6 @@ def kernel_flops(kernel: str, call: hlo.Instruction) -> tuple[float, int]:
 def network_of(program: Any) -> Network:
     """The network of a compiled `aot.Program`."""
     flat = program.mesh.devices.reshape(-1)
-    places = [(device.slice_index or 0, tuple(device.coords)) for device in flat]
+    # Devices of a single slice have no slice_index.
+    places = [(getattr(device, "slice_index", 0), tuple(device.coords)) for device in flat]
     return Network(program.place.chip, dict(program.mesh.shape), places, program.place.wrap)

@@ -91,7 +91,14 @@ second line" source_line=3}
 def test_trip_count_of_an_unrolled_loop():
     module = hlo.parse(UNROLLED)
     assert module.entry == "main"
-    assert module.trips(module.computations["main"].instructions["loop"]) == 15
+    main = module.computations["main"]
+    assert module.trips(main, main.instructions["loop"]) == 15
+
+
+def test_trip_count_of_a_loop_whose_first_turn_was_taken_out():
+    module = hlo.parse(UNROLLED.replace("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} constant(2)"))
+    main = module.computations["main"]
+    assert module.trips(main, main.instructions["loop"]) == 14
 
 
 def test_metadata_with_a_line_break_stays_with_its_instruction():

@@ -1,5 +1,8 @@
 """Frozen weights in 8 bits: rounding, placement, and a loss that is that of the rounded weights."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rad_jax import optim, quantise, tasks, train
 from rad_jax.errors import UserError
+from rad_jax.interop import llama2c, tables
+from rad_jax.models.llama import Llama
 
 
 def begin(training, config, base, **axes):
@@ -76,3 +81,31 @@ def test_layers_that_learn_are_refused(training):
         begin(training, config, {})
     with pytest.raises(UserError, match="frozen_dtype is int8 but the task has no language model"):
         tasks.make_task(training.config("stage1", frozen_dtype="int8"))
+
+
+def test_loss_of_a_trained_model(real):
+    """The price of 8 bits: a story that a trained Llama of 260 thousand weights tells, and how much less probable it finds it when rounded.
+
+    Measured: 0.4734 nats a token become 0.4751, and every one of 200 next tokens stays the most probable.
+    """
+    ids = json.loads((real / "weights/stories260K_golden.json").read_text())["greedy_ids"]
+    config, tensors = llama2c.read(real / "weights/stories260K.bin")
+    params = flatten_dict(jax.tree.map(jnp.asarray, tables.load(llama2c.table(config), tensors)), sep="/")
+
+    def read(config, **variables):
+        logits = jax.jit(Llama(config).apply)(
+            {name: unflatten_dict(x, sep="/") for name, x in variables.items()}, tokens
+        )
+        return logits[:, :-1].argmax(-1), -jnp.take_along_axis(
+            jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], -1
+        )
+
+    tokens = jnp.asarray([ids])
+    words, exact = read(config, params=params)
+    kernels = [path for path in params if path.startswith("layers/") and path.endswith("kernel")]
+    eight = {path: quantise.quantise(params[path], 2 if "/o/" in path else 1) for path in kernels}
+    rounded = params | {path: whole for path, (whole, _) in eight.items()}
+    scales = {path: scale for path, (_, scale) in eight.items()}
+    words8, loss = read(dataclasses.replace(config, int8=True), params=rounded, scales=scales)
+    np.testing.assert_array_equal(words8, words)
+    assert 0 < abs(loss.mean() - exact.mean()) < 0.005

@@ -186,6 +186,23 @@ def test_between_slices_goes_what_is_left_within_them():
     assert two.seconds("all-reduce", 1e8, [[0, 16]]) == pytest.approx(2 * 1e8 / 2 / CHIP.dcn)
 
 
+def test_hosts_of_slices_reduce_beside_work():
+    """As the compiler writes it for several slices: arrays leave through the host, and come back added up."""
+    where = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="r0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    found = read(
+        f"  %x = f32[3125000]{{0}} parameter(1)\n  %s = (f32[3125000]{{0}}, u32[], token[]) send(%x, %a), {where}\n"
+        f"  %r = (f32[3125000]{{0}}, u32[], token[]) recv(%a), {where}\n"
+        f"  %w = f32[64]{{0}} fusion(%a), kind=kLoop, calls=%work, {cycles(1)}\n"
+        "  %d = (f32[3125000]{0}, token[]) recv-done(%r), is_host_transfer=true\n"
+        "  ROOT %b = f32[64]{0} copy(%w)",
+        WORK,
+        torus(4, 4, False, slices=2),
+    )
+    assert found.collectives["all-reduce", "slices", "bytes"] == 4 * 3_125_000
+    assert found.transfers == pytest.approx(12.5e6 / CHIP.dcn)  # there and back, half of it each
+    assert found.exposed == pytest.approx(found.transfers - 1e-3)
+
+
 def test_permutes_go_as_far_as_their_longest_way():
     assert torus(4, 4, False).seconds("collective-permute", 4.5e7, [[0, 1], [0, 12]]) == pytest.approx(
         3 * (1e-3 + 1e-6)
