@@ -98,6 +98,7 @@ def options(chain, tiny_corpus):
         "top_p": 1.0,
         "seed": 3,
         "dtype": None,
+        "selection": "all",
     }
     return lambda out, **changes: SimpleNamespace(**{**given, "out": str(out), **changes})
 

@@ -107,7 +107,8 @@ def _drawn(size: int) -> np.ndarray:
 
 
 def _layer(tree: Mapping[str, Any], layer: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf[layer], jnp.float32), tree)
+    """As it is stored: what is computed in float32 is cast where it is used, a matrix at a time."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[layer]), tree)
 
 
 def _float32(tree: Any) -> Any:
