@@ -56,7 +56,7 @@ def pack(
             name: {
                 "selection": member["selection"],
                 "weight": float(member["weight"]),
-                "fingerprint": corpora[name].meta["fingerprint"],
+                "fingerprint": corpora[name].fingerprint(member["selection"]),
             }
             for name, member in members.items()
         },

@@ -242,6 +242,7 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
             "written": written,
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
             "counts": dict(builder.counts),
+            "views": dict(builder.views.most_common()),
             "duplicate_images": duplicates(folder, SPLITS),
             "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),
         },

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from data import dicom
 from data.labels import CHEXPERT, NOT_STATED
 from data.selections import COMMON, Selection
 from rad_jax import images
@@ -140,7 +141,16 @@ class Film:
 
 
 def make(film: Film, size: int) -> dict[str, Any] | Skip:
-    """The record of a film, its short side scaled to `size` pixels, or why there is none."""
+    """The record of a film, its short side scaled to `size` pixels, or why there is none.
+
+    A DICOM header is believed where the corpus says nothing: it gives the view, and refuses what is no single grey film of a chest.
+    """
+    header = dicom.read_header(film.path)
+    if header is not None and header.unusable:
+        return Skip(film.id, film.path.name, header.unusable)
+    if header is not None and header.view and not film.view:
+        view = "LATERAL" if header.lateral else header.view
+        film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
     try:
         pixels = images.load_grey(film.path)
     except UserError:
@@ -159,7 +169,8 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     """Base of the builders: splits of jobs in, records or skips out, over a pool of processes.
 
     A subclass gives `jobs` and `maker`. After `download_and_prepare`, `skipped` lists what was left out, `written`
-    counts the records of each split, and `counts` is what else the corpus counted of its input.
+    counts the records of each split, `views` those of each view, and `counts` is
+    what else the corpus counted of its input.
     """
 
     selections: ClassVar[Mapping[str, Selection]] = COMMON
@@ -177,6 +188,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
         self.skipped: list[Skip] = []
         self.written: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.views: Counter[str] = Counter()
         self.training_text: list[tuple[str, str]] = []  # (indication, findings) of the training records
         super().__init__(**kwargs)
 
@@ -211,6 +223,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
                 self.skipped.append(result)
                 continue
             self.written[split] += 1
+            self.views[result["view"] or "unknown"] += 1
             if split == "train":
                 texts = json.loads(result["texts"])
                 self.training_text += [(t["indication"] or "", t["findings"] or t["impression"] or "") for t in texts]

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from pathlib import Path
 
 from rad_jax.errors import UserError
@@ -46,7 +47,7 @@ def read(path: Path, *columns: str) -> list[Row]:
             {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)}
             for row in reader
         ]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: damaged, or no table ({type(error).__name__}): download it again.") from error
 
 

@@ -1,7 +1,7 @@
 """What a report generator must beat: answers that hardly look at the picture.
 
-Two of them: the report that occurs most often in training, whatever the image; and the report of the training image
-whose 16 x 16 thumbnail is nearest, which sees exposure and rough shape and nothing else.
+Three of them: the report that occurs most often in training, whatever the image; a training report drawn at random; and the report of the
+training image whose 16 x 16 thumbnail is nearest, which sees exposure and rough shape and nothing else.
 """
 
 from collections import Counter
@@ -23,6 +23,13 @@ def most_frequent_report(reports: Iterable[str]) -> str:
     if not counts:
         raise ValueError("no training report that is not empty")
     return min(counts, key=lambda text: (-counts[text], text))
+
+
+def random_reports(reports: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """`count` of the training reports, each drawn from all of them; ValueError when there is none."""
+    if not reports:
+        raise ValueError("no training report to draw")
+    return [reports[i] for i in np.random.default_rng(seed).integers(0, len(reports), count)]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

@@ -1,17 +1,23 @@
-"""How fast the intervals are: rows of sums resampled at once, against computing the metric again for every resample.
+"""How fast intervals and labels are, against the usual way of making them.
 
-The peers are what other evaluations do: scikit-learn's F1 on resampled label tables (eight of them: micro and macro, 14 and 5 classes, both
+Intervals: rows of sums resampled at once, against computing the metric again for every resample. The peers are what other evaluations do: scikit-learn's F1 on resampled label tables (eight of them: micro and macro, 14 and 5 classes, both
 rules for uncertain labels), and sacrebleu on resampled texts. A peer is timed for a few resamples and multiplied, for it would take hours.
-Both sides compute the same numbers, which is checked. Reports are random sentences, labels random; neither changes the work.
+Labels: the BERT labeler against the same model in PyTorch, one report at a time, as most packages do it, and 64 at a time; compiling and
+loading are left out on both sides. Both sides compute the same numbers, which is checked. Reports are random sentences, weights and label
+tables random; that does not change the work.
 """
 
+import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaluation import bleu, label_metrics, labels, statistics
+from evaluation.bert_labeler import HEADS, BertLabeler
 from evaluation.metric import Metric
 
 SENTENCES = (
@@ -47,6 +53,69 @@ def bootstrap(reports: int = 2461, draws: int = 2000, seed: int = 0) -> list[dic
             *sizes,
         ),
     ]
+
+
+def labels_per_second(reports: int = 128, depth: int = 12, width: int = 768, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of name, ours_s, peer_s, ratio, reports, ours_per_s and peer_per_s for a BERT of random weights with 14 heads.
+
+    Needs torch and transformers. Raises ValueError when the two sides disagree.
+    """
+    import torch
+    from transformers import BertConfig, BertModel
+
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(SENTENCES, size=rng.integers(3, 12))) for _ in range(reports)]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *sorted({w for s in SENTENCES for w in re.findall(r"\w+|\.", s.lower())}),
+    ]
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
+    bert = BertModel(BertConfig(vocab_size=30522, intermediate_size=4 * width, **shape)).eval()
+    heads = torch.nn.ModuleList([torch.nn.Linear(width, size) for size in HEADS])
+    with tempfile.TemporaryDirectory() as folder:
+        state = {f"bert.{n}": x for n, x in bert.state_dict().items()} | {
+            f"heads.{n}": x for n, x in heads.state_dict().items()
+        }
+        torch.save(state, Path(folder) / "model.pth")
+        (Path(folder) / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        labeler = BertLabeler(Path(folder) / "model.pth", Path(folder) / "vocab.txt")
+        labeler.logits(texts)  # compiles
+        ours_s, (ours, _) = _timed(lambda: labeler.logits(texts))
+
+    def peer(size: int) -> np.ndarray:
+        out = []
+        for start in range(0, reports, size):
+            ids = [torch.tensor(labeler.encode(text)) for text in texts[start : start + size]]
+            tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+            cls = bert(tokens, attention_mask=real.long()).last_hidden_state[:, 0]
+            out.append(torch.cat([head(cls) for head in heads], dim=1).numpy())
+        return np.concatenate(out)
+
+    rows = []
+    with torch.no_grad():
+        for size in (1, 64):
+            peer_s, theirs = _timed(lambda size=size: peer(size))  # type: ignore[misc]
+            if not np.allclose(ours, theirs, atol=1e-3):
+                raise ValueError(f"the labeler and PyTorch give different logits, by {np.abs(ours - theirs).max()}")
+            row = {
+                "name": f"labels, PyTorch batch {size}",
+                "ours_s": ours_s,
+                "peer_s": peer_s,
+                "ratio": peer_s / ours_s,
+            }
+            rows.append(row | {"reports": reports, "ours_per_s": reports / ours_s, "peer_per_s": reports / peer_s})
+    return rows
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = run()
+    return time.perf_counter() - began, found
 
 
 def _row(

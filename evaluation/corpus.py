@@ -49,7 +49,7 @@ def studies_of(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """What the two baselines of `evaluation.baselines` answer, from the training split: name -> {id: report}.
+    """What the baselines of `evaluation.baselines` answer, from the training split: name -> {id: report}.
 
     Training records without findings or with an undecodable image are left out; a study whose own image cannot be
     decoded gets an empty report. Raises UserError when no training record is left.
@@ -70,6 +70,7 @@ def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict
     nearest = baselines.nearest_reports(np.stack(rows), reports, np.array(list(readable.values())))
     return {
         "most frequent report": dict.fromkeys(records, common),
+        "random report": dict(zip(records, baselines.random_reports(reports, len(records)), strict=True)),
         "nearest thumbnail": dict.fromkeys(records, "") | dict(zip(readable, nearest, strict=True)),
     }
 

@@ -147,7 +147,8 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
         scores = [_value(results, name, system["name"]) for name in ("finding_macro_f1", "laterality")]
         words = [_value(results, name, system["name"]) for name in ("bleu_1", "bleu_4")]
         shares = [None if value is None else value / 100 for value in words]
-        rows.append([system["name"], *scores, *shares, _value(results, "rouge_l", system["name"])])
+        name = "this model" if system["kind"] == "predictions" else system["name"]
+        rows.append([name, *scores, *shares, _value(results, "rouge_l", system["name"])])
     columns = ["system", "finding macro F1", "laterality", "BLEU-1", "BLEU-4", "ROUGE-L"]
     return [*tables, page.Table(title="Against simple baselines", columns=columns, rows=rows)]
 

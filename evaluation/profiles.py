@@ -4,19 +4,20 @@ The same name means different numbers in different evaluations (BLEU-4 of raw te
 a mean or a bootstrap median), so a profile fixes all of them, and every number carries a signature that says how it was made.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from evaluation import bleu, label_metrics, rouge
+from evaluation import bleu, cider, label_metrics, radgraph, rouge
 from evaluation.metric import Metric
 
 # What needs weights that the user has to bring, and is not computed without them.
 WEIGHTS = {
-    "chexbert": "CheXbert's checkpoint, or its label files with --labels",
-    "radgraph": "a RadGraph model",
+    "chexbert": "label files with --labels, which launch.label makes with a CheXbert checkpoint",
+    "radgraph": "RadGraph annotation files with --radgraph",
     "bertscore": "an encoder",
     "semb_score": "CheXbert's checkpoint",
     "radcliq": "RadGraph, CheXbert and an encoder",
@@ -35,7 +36,7 @@ _EVERY = tuple(f"{a}_{n}{p}" for p in ("", "_plus") for n in label_metrics.SETS 
 @dataclass(frozen=True)
 class Profile:
     """bleu: (order, convention) pairs. rouge: the names wanted and how ("plain", "stemmer", "coco-clean"). labels: averages, without the
-    labeler's name. rules, panels: whether the weight-free labeler is scored too, and `panels`. absent: metrics of the original that need weights.
+    labeler's name. rules, panels: whether the weight-free labeler is scored too, and `panels`. absent: metrics of the original that need weights or files.
 
     unit: "patient" resamples patients where they are known. median: print the median of the bootstrap, as LLaVA-Rad does, instead of the
     score itself (BLEU excepted).
@@ -45,8 +46,10 @@ class Profile:
     rouge: tuple[str, ...] = ()
     rouge_kind: Literal["plain", "stemmer", "coco-clean"] = "plain"
     labels: tuple[str, ...] = ()
+    cider: bool = False
     rules: bool = False
     panels: bool = False
+    radgraph_case: Literal["kept", "lower"] = "kept"
     absent: tuple[str, ...] = ()
     unit: Literal["patient", "report"] = "patient"
     draws: int = 2000
@@ -59,9 +62,11 @@ PROFILES = {
     "native": Profile(
         bleu=tuple((order, "sacrebleu") for order in (1, 2, 3, 4)),
         rouge=("rouge_1", "rouge_2", "rouge_l"),
+        cider=True,
         labels=_EVERY,
         rules=True,
         panels=True,
+        radgraph_case="lower",
         absent=(*_RADGRAPH, "bertscore", "semb_score", "radcliq_v0", "radcliq_v1", "green", "chexprompt"),
     ),
     # LLaVA-Rad's own script with its bootstrap on.
@@ -98,6 +103,16 @@ PROFILES = {
         ),
         unit="report",
     ),
+    # R2Gen and its family: COCO's scorers on lower-cased words. The references are taken as they are, not cut at 60 or 100 words.
+    "r2gen": Profile(
+        bleu=tuple((order, "coco-clean") for order in (1, 2, 3, 4)),
+        rouge=("rouge_l",),
+        rouge_kind="coco-clean",
+        cider=True,
+        labels=("micro_14", "macro_14"),
+        absent=("meteor",),
+        unit="report",
+    ),
     # MAIRA-1 and -2.
     "maira": Profile(
         bleu=((1, "sacrebleu"), (4, "sacrebleu")),
@@ -111,15 +126,31 @@ PROFILES = {
 
 
 def text_metrics(profile: Profile, predictions: Sequence[str], references: Sequence[str]) -> list[Metric]:
-    """BLEU and ROUGE of a profile; ROUGE only where rouge-score is installed."""
+    """BLEU, ROUGE and CIDEr of a profile; ROUGE of rouge-score only where that is installed."""
     out, seen = [], {}
     for order, convention in profile.bleu:
         if convention not in seen:
             seen[convention] = bleu.count_rows(predictions, references, bleu.CONVENTIONS[convention])
         out.append(bleu.metric(predictions, references, order, convention, seen[convention]))
-    if profile.rouge and rouge.installed():
+    words = "tok:alnum|case:lc"
+    if profile.rouge_kind == "coco-clean":
+        out.append(rouge.coco_metric(predictions, references, bleu.tokens_clean, words))
+    elif profile.rouge and rouge.installed():
         found = rouge.metrics(predictions, references, stemmer=profile.rouge_kind == "stemmer")
         out += [metric for metric in found if metric.name in profile.rouge]
+    if profile.cider:
+        out.append(cider.metric(predictions, references, bleu.tokens_clean, words))
+    return out
+
+
+def extra_bleu(conventions: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> list[Metric]:
+    """BLEU-1 to -4 in more conventions, named bleu_4_hf and so on."""
+    out = []
+    for name in conventions:
+        rows = bleu.count_rows(predictions, references, bleu.CONVENTIONS[name])
+        for order in range(1, bleu.ORDER + 1):
+            metric = bleu.metric(predictions, references, order, name, rows)
+            out.append(dataclasses.replace(metric, name=f"{metric.name}_{name}"))
     return out
 
 
@@ -131,7 +162,16 @@ def label_scores(
     return [m for m in label_metrics.metrics(reference, predicted, labeler, how) if m.name in wanted]
 
 
-def absent(profile: Profile, with_labels: bool) -> dict[str, str]:
+def radgraph_scores(
+    profile: Profile, references: Sequence[radgraph.Annotation], predicted: Sequence[radgraph.Annotation]
+) -> list[Metric]:
+    """The forms of RadGraph F1 that a profile prints, from given annotations."""
+    found = radgraph.metrics(predicted, references, profile.radgraph_case == "kept")
+    return [metric for metric in found if metric.name in profile.absent]
+
+
+def absent(profile: Profile, labelled: bool, annotated: bool) -> dict[str, str]:
     """Metric name -> what it needs, for those of a profile that are not computed."""
-    names = profile.absent if with_labels else (*(f"chexbert_{name}" for name in profile.labels), *profile.absent)
-    return {name: next(need for start, need in WEIGHTS.items() if name.startswith(start)) for name in names}
+    names = profile.absent if labelled else (*(f"chexbert_{name}" for name in profile.labels), *profile.absent)
+    kept = [name for name in names if not (annotated and name.startswith("radgraph"))]
+    return {name: next(need for start, need in WEIGHTS.items() if name.startswith(start)) for name in kept}

@@ -2,7 +2,7 @@
 
 Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
-subgroups[{column, group, system, reports, name, value, ci, ...}],
+published[{system, metric, profile, value, n, source, verified}], subgroups[{column, group, system, reports, name, value, ci, ...}],
 comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
 The metrics of the first file come first, so the first entry of a name is its score.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import rad_jax
-from evaluation import findings, panels, profiles, rouge, rule_labeler, scoring, statistics
+from evaluation import findings, panels, profiles, published, radgraph, rouge, rule_labeler, scoring, statistics
 from evaluation.metric import Metric
 from evaluation.predictions import Predictions, malformed_sentence
 from rad_jax.errors import UserError
@@ -39,27 +39,32 @@ class Study:
 
 @dataclass(frozen=True)
 class Input:
-    """One predictions file: a system. labels: id -> codes [14] of its texts by another labeler, where given."""
+    """One predictions file: a system. Where given, labels: id -> codes [14] of its texts by another labeler, and annotations: id -> RadGraph
+    entities of its texts."""
 
     name: str
     read: Predictions
     path: Path | None = None
     labels: dict[str, np.ndarray] | None = None
+    annotations: dict[str, radgraph.Annotation] | None = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
+    """What to compute. bleu: more conventions of `bleu.CONVENTIONS`, under the first profile. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
-    baselines: name -> {id: report}, scored like the predictions. reference_labels: id -> codes [14] of the references.
+    baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
+    `Input`'s, of the references.
     groups: id -> {column: value}, for subgroups.
     """
 
     profiles: Sequence[str] = ("native",)
+    bleu: Sequence[str] = ()
     studies: dict[str, Study] | None = None
     parse: Parser | None = None
     baselines: dict[str, dict[str, str]] = field(default_factory=dict)
     reference_labels: dict[str, np.ndarray] | None = None
+    reference_annotations: dict[str, radgraph.Annotation] | None = None
     labels_by: str = "chexbert"
     min_support: int = findings.MIN_SUPPORT
     interval: scoring.IntervalKind = "percentile"
@@ -95,6 +100,7 @@ def evaluate(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Json
             rows = scoring.entries(metrics, part.setting, profile.median)
             result["metrics"] += [{"profile": part.profile, "system": name} | row for row in rows]
     result["metrics"].sort(key=lambda row: [s["name"] for s in result["systems"]].index(row["system"]))
+    result["published"] = published.beside(result["metrics"])
     result["subgroups"] = subgroups(scored, ids, options)
     result["comparisons"] = compare(scored, options.trials)
     return result, per_report(scored, ids)
@@ -117,14 +123,22 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
             for name, said in texts.items()
         ],
         "metrics": [],
+        "published": [],
         "subgroups": [],
         "comparisons": [],
         "warnings": [],
     }  # fmt: skip
-    labelled = _given_labels(inputs, ids, options)
-    work = _Work(ids, references, texts, known, labelled, options)
+    labelled = {
+        name: (np.array(true, np.int8), np.array(said, np.int8))
+        for name, (true, said) in _given(
+            "--labels", {i.name: i.labels for i in inputs}, options.reference_labels, ids
+        ).items()
+    }
+    own_annotations = {i.name: i.annotations for i in inputs}
+    annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
+    work = _Work(ids, references, texts, known, labelled, annotated, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
-    result["warnings"] = _warnings(result, known, bool(labelled), options)
+    result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), options)
     return result, scored, ids
 
 
@@ -204,6 +218,7 @@ class _Work:
     texts: dict[str, list[str]]
     known: list[Study] | None
     labelled: dict[str, tuple[np.ndarray, np.ndarray]]  # system -> given label tables of references and predictions
+    annotated: dict[str, tuple[list[Any], list[Any]]]  # the same of RadGraph's entities
     options: Options
 
     def score(self, name: str, first: bool) -> Scored:
@@ -222,6 +237,8 @@ class _Work:
         for system, texts in self.texts.items():
             said = [texts[i] for i in kept]
             metrics = profiles.text_metrics(profile, said, [self.references[i] for i in kept]) if kept else []
+            if first and kept:
+                metrics += profiles.extra_bleu(self.options.bleu, said, [self.references[i] for i in kept])
             if profile.median:
                 metrics = [_with_rouge_median(m, draws, profile.seed) for m in metrics]
             if rules is not None and kept:
@@ -234,6 +251,9 @@ class _Work:
                 true, given = (table[kept] for table in self.labelled[system])
                 by = self.options.labels_by
                 metrics += profiles.label_scores(profile, true, given, by, f"labeler:{by}-given")
+            if system in self.annotated:
+                true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
+                metrics += profiles.radgraph_scores(profile, true_entities, own)
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
             if found:
                 against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
@@ -309,24 +329,22 @@ def _texts(item: Input, ids: list[str]) -> list[str]:
     return [table[i] for i in ids]
 
 
-def _given_labels(
-    inputs: Sequence[Input], ids: list[str], options: Options
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """system -> label tables of references and predictions, for inputs that came with label files.
+def _given(
+    flag: str, systems: dict[str, dict[str, Any] | None], references: dict[str, Any] | None, ids: list[str]
+) -> dict[str, tuple[list[Any], list[Any]]]:
+    """system -> what files say of its references and of its predictions, report by report, for systems that came with files.
 
     Raises UserError when a file lacks a study.
     """
     out = {}
-    for item in inputs:
-        if options.reference_labels is None or item.labels is None:
+    for name, table in systems.items():
+        if references is None or table is None:
             continue
-        for table in (options.reference_labels, item.labels):
-            if missing := sum(i not in table for i in ids):
-                raise UserError(f"--labels: a label file lacks {missing} of the {len(ids)} studies to be scored")
-        out[item.name] = tuple(
-            np.array([table[i] for i in ids], np.int8) for table in (options.reference_labels, item.labels)
-        )
-    return out  # type: ignore[return-value]
+        for file in (references, table):
+            if missing := sum(i not in file for i in ids):
+                raise UserError(f"{flag}: a file lacks {missing} of the {len(ids)} studies to be scored")
+        out[name] = ([references[i] for i in ids], [table[i] for i in ids])
+    return out
 
 
 def _input(item: Input, ids: list[str], references: list[str], options: Options) -> Json:
@@ -348,7 +366,7 @@ def _input(item: Input, ids: list[str], references: list[str], options: Options)
     }
 
 
-def _warnings(result: Json, known: list[Study] | None, with_labels: bool, options: Options) -> list[str]:
+def _warnings(result: Json, known: list[Study] | None, labelled: bool, annotated: bool, options: Options) -> list[str]:
     """What a reader of the numbers must know first: rows left out, empty texts, scores left out. One sentence each."""
     out = []
     for count in result["inputs"]:
@@ -373,7 +391,7 @@ def _warnings(result: Json, known: list[Study] | None, with_labels: bool, option
         out.append("ROUGE is left out: rouge-score is not installed (pip install rad_jax[eval]).")
     needs: dict[str, str] = {}
     for name in options.profiles:
-        needs |= profiles.absent(profiles.PROFILES[name], with_labels)
+        needs |= profiles.absent(profiles.PROFILES[name], labelled, annotated)
     for need in dict.fromkeys(needs.values()):
         names = [name for name in needs if needs[name] == need]
         out.append(f"{', '.join(names)} left out: {'it needs' if len(names) == 1 else 'they need'} {need}.")

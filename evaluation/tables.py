@@ -105,6 +105,10 @@ def markdown(result: Json) -> str:
         parts += ["## Findings", markdown_table(table)]
     if table := panel(result):
         parts += ["## Behind the averages", markdown_table(table)]
+    if result["published"]:
+        found = [["system", "metric", "profile", "value", "source"]]
+        found += [[*(r[k] for k in found[0][:3]), f"{r['value']:g}", r["source"]] for r in result["published"]]
+        parts += ["## Published on the same number of reports in the same convention", markdown_table(found)]
     if table := subgroups(result):
         parts += ["## Subgroups", markdown_table(table)]
     lines = [

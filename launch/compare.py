@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         gates = [scoring.parse_gate(text) for text in options.fail_if]
     except ValueError as error:
         raise UserError(f"--fail_if: {error}") from None
-    reference_path, label_paths = evaluate.label_files(options.labels, len(argv) - 1)
+    reference_path, label_paths = evaluate.given_files("--labels", options.labels, len(argv) - 1)
     inputs = evaluate.read_inputs([Path(name) for name in argv[1:]], label_paths)
     wanted = report.Options(
         profiles=evaluate.profile_names(options.profile),

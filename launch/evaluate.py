@@ -5,13 +5,15 @@
     python -m launch.evaluate PREDS.jsonl --out=DIR --data=CORPUS --baselines
     python -m launch.evaluate PREDS.jsonl --out=DIR --labels=REFERENCES.csv,PREDICTIONS.csv --require=chexbert_micro_14
 
-A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are systems: scored on
-the studies that all of them hold, each compared with the first, paired. --profile is one or more of native, llava-rad, radeval, rexrank,
-maira: the same name is another number in each, and every number's signature says how it was made. Metrics that need weights are listed as
-warnings; --labels gives label files (of CheXbert, say) for the references and for every predictions file in turn.
+A file has one JSON object per line with id, query, reference and prediction, as LLaVA-Rad writes it. Several files are
+systems: scored on the studies that all of them hold, each compared with the first, paired. Predictions that launch.generate
+wrote with --pixels=noise or --pixels=shuffled, put beside the real ones, show how much of a score needs the image.
+--profile is one or more of native, llava-rad, radeval, rexrank, r2gen, maira: the same name is another number in each, and
+every number's signature says how it was made. Metrics that need weights are listed as warnings; --labels gives label files
+(of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
-With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn. per_report.jsonl
-has every report's own score.
+With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
+per_report.jsonl has every report's own score.
 """
 
 import csv
@@ -22,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import labels, profiles, report, tables
+from evaluation import bleu, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
 from rad_jax import errors
 from rad_jax.errors import UserError
@@ -30,8 +32,10 @@ from rad_jax.errors import UserError
 FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
 
 
-def read_inputs(paths: Sequence[Path], label_paths: Sequence[Path] = ()) -> list[report.Input]:
-    """The systems, named after their files; `label_paths`, when given, one per file.
+def read_inputs(
+    paths: Sequence[Path], label_paths: Sequence[Path] = (), annotation_paths: Sequence[Path] = ()
+) -> list[report.Input]:
+    """The systems, named after their files; `label_paths` and `annotation_paths`, when given, one per file.
 
     Raises UserError for unusable files.
     """
@@ -39,9 +43,10 @@ def read_inputs(paths: Sequence[Path], label_paths: Sequence[Path] = ()) -> list
     for path in paths:
         names.append(path.stem if path.stem not in names else f"{path.stem} ({len(names) + 1})")
     given: list[Any] = [labels.read_csv(path) for path in label_paths] or [None] * len(paths)
+    annotations: list[Any] = [radgraph.read(path) for path in annotation_paths] or [None] * len(paths)
     return [
-        report.Input(name, read_predictions(path), path, table)
-        for name, path, table in zip(names, paths, given, strict=True)
+        report.Input(name, read_predictions(path), path, table, annotation)
+        for name, path, table, annotation in zip(names, paths, given, annotations, strict=True)
     ]
 
 
@@ -65,12 +70,12 @@ def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[rep
     }
 
 
-def label_files(value: str | None, count: int) -> tuple[Path | None, list[Path]]:
-    """The files of --labels: references, and one per predictions file. Raises UserError for another number of them."""
+def given_files(flag: str, value: str | None, count: int) -> tuple[Path | None, list[Path]]:
+    """The files of --labels or --radgraph: the references', and one per predictions file. Raises UserError for another number of them."""
     paths = [Path(part) for part in value.split(",")] if value else []
     if paths and len(paths) != count + 1:
         raise UserError(
-            f"--labels names {len(paths)} files: give the references' and one for each of the {count} systems"
+            f"{flag} names {len(paths)} files: give the references' and one for each of the {count} systems"
         )
     return (paths[0], paths[1:]) if paths else (None, [])
 
@@ -117,12 +122,15 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if len(argv) < 2 or not options.out:
         raise UserError("give a predictions file and a folder: python -m launch.evaluate PREDS.jsonl --out=DIR")
-    reference_path, label_paths = label_files(options.labels, len(argv) - 1)
+    reference_path, label_paths = given_files("--labels", options.labels, len(argv) - 1)
+    entities_path, annotation_paths = given_files("--radgraph", options.radgraph, len(argv) - 1)
     names = profile_names(options.profile)
-    inputs = read_inputs([Path(name) for name in argv[1:]], label_paths)
+    inputs = read_inputs([Path(name) for name in argv[1:]], label_paths, annotation_paths)
     wanted = report.Options(
         profiles=names,
+        bleu=options.bleu,
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
+        reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
         draws=options.draws,
         groups=read_groups(Path(options.groups)) if options.groups else None,
@@ -155,11 +163,13 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
     flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent training report and the nearest thumbnail's."
+        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
     )
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
+    flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)

@@ -78,17 +78,16 @@ def main(_: Sequence[str]) -> None:
             "validation_accuracy": float(scores.max()),
             **asdict(pointing),
         }
-        if distributed.first():
-            if pointing.n:
-                print(f"pointing game: {pointing.accuracy:.2f} of {pointing.n} findings (chance {pointing.chance:.2f})")
-            else:
-                print("pointing game: no text names a finding that its film has.")
+        if targets:
+            result |= beyond_pointing(targets, chosen, size)
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
         maps = looker.maps(targets)
         chosen = maps[:, maps.shape[1] // 2 :].mean((1, 2))
     if not distributed.first():
         return
+    if "accuracy" in result:
+        tell(result)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     first: dict[str, tuple[Target, Any]] = {}
@@ -100,6 +99,42 @@ def main(_: Sequence[str]) -> None:
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
     np.savez_compressed(out / "maps.npz", **{name: map_ for name, (_, map_) in first.items()})
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The pointing game in a line or two."""
+    if not result["n"]:
+        print("pointing game: no text names a finding that its film has.")
+        return
+    print(f"pointing game: {result['accuracy']:.2f} of {result['n']} findings (chance {result['chance']:.2f})")
+    control = result["shuffled"]
+    if control["n"]:
+        accuracy = f"{control['shuffled_accuracy']:.2f} (p {control['p']:.4f})"
+        print(f"maps of other patients with the same finding: {accuracy}")
+
+
+def beyond_pointing(targets: Sequence[Target], maps: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1], and the control with other patients' maps."""
+    import numpy as np
+
+    from evaluation import pointing
+
+    masks = [pointing.box_mask(target.boxes, *size) for target in targets]
+    spans = [max(float(np.ptp(map_)), 1e-12) for map_ in maps]
+    scores = [
+        pointing.map_score((map_ - map_.min()) / span, mask)
+        for map_, span, mask in zip(maps, spans, masks, strict=True)
+        if not mask.all()
+    ]
+    contrasts = [score.contrast for score in scores if np.isfinite(score.contrast)]
+    patients = [target.record["patient"] or target.record["id"] for target in targets]
+    control = pointing.against_shuffled(maps, masks, [target.name for target in targets], patients)
+    return {
+        "mass": float(np.mean([score.mass for score in scores])) if scores else None,
+        "contrast": float(np.mean(contrasts)) if contrasts else None,
+        "mean_iou": float(np.mean([score.mean_iou for score in scores])) if scores else None,
+        "shuffled": asdict(control),
+    }
 
 
 def finding_targets(record: dict[str, Any], text: str) -> Iterator[Target]:

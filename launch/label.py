@@ -1,10 +1,13 @@
-"""Labels reports with the 14 CheXpert classes, by rules, without weights.
+"""Labels reports with the 14 CheXpert classes: by rules, without weights, or by a BERT labeler that you bring.
 
     python -m launch.label reports.csv --text=findings --id=study --out=labels.csv
     python -m launch.label PREDS.jsonl --text=prediction --out=labels.csv
     python -m launch.label reports.csv --text=findings --id=uid --out=labels.csv --against=chexpert.csv
+    python -m launch.label PREDS.jsonl --text=prediction --out=labels.csv --weights=chexbert.pth --vocabulary=vocab.txt
 
 The input is CSV or JSON lines. labels.csv has an id and the 14 classes: 1 positive, 0 negative, -1 uncertain, empty for not mentioned.
+--weights names a checkpoint of a BERT with 14 classifiers, as CheXbert has them, and --vocabulary its vocab.txt; it runs on all devices. The
+labels of references and predictions then go to launch.evaluate --labels, which gives the chexbert_ metrics.
 --against=LABELS.csv compares with another labeler's file of that form: F1 of the positive class as it stands, and without the reports in
 which that file calls a plainly normal heart or mediastinum positive; every disagreement, sorted by class, goes to
 labels.disagreements.csv (it holds report text).
@@ -99,8 +102,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("give one file of reports: python -m launch.label REPORTS.csv --text=findings --out=labels.csv")
     texts = read_texts(Path(argv[1]), options.id, options.text)
     reference = labels.read_csv(Path(options.against), options.id) if options.against else None
-    bar = tqdm(texts.values(), desc="reports", unit="report", disable=None)
-    table = np.array([rule_labeler.label(text, options.chexpert_habits) for text in bar], np.int8)
+    if options.weights:
+        from evaluation.bert_labeler import BertLabeler
+
+        if not options.vocabulary:
+            raise UserError("--weights needs --vocabulary, the vocab.txt that the model was trained with")
+        table = BertLabeler(Path(options.weights), Path(options.vocabulary)).label(list(texts.values())).codes
+    else:
+        bar = tqdm(texts.values(), desc="reports", unit="report", disable=None)
+        table = np.array([rule_labeler.label(text, options.chexpert_habits) for text in bar], np.int8)
     out = Path(options.out)
     labels.write_csv(out, texts, table)
     print(f"written: {out}, {len(texts)} reports, {(table == labels.POSITIVE).sum()} positive labels")
@@ -114,6 +124,8 @@ def define_flags() -> None:
     flags.DEFINE_string("text", "findings", "Field that holds the report.")
     flags.DEFINE_string("id", "id", "Field that names it; also the id column of --against.")
     flags.DEFINE_string("out", None, "CSV file to write.", required=True)
+    flags.DEFINE_string("weights", None, "Checkpoint of a BERT labeler, instead of the rules.")
+    flags.DEFINE_string("vocabulary", None, "vocab.txt of --weights.")
     flags.DEFINE_string("against", None, "Labels of the same reports to compare with.")
     flags.DEFINE_bool(
         "chexpert_habits",

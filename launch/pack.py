@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
         f", skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped}), see {out / 'skipped.csv'}" if skipped else "")
     )
+    print("  views: " + ", ".join(f"{count} {view}" for view, count in summary["views"].items()))
     for name, count in summary["counts"].items():
         print(f"  {name}: {count}")
     if summary["written"]:

@@ -13,9 +13,11 @@ Two processes on one machine, with four fake devices each:
     COMMAND="$COMMAND --multihost --coordinator=localhost:9876 --num_processes=2"
     $COMMAND --process_id=0 & $COMMAND --process_id=1
 
-When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first: start all of them again.
+When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first. When one gets SIGTERM, as
+before a machine is taken away, all of them save and end with 42. Either way, start all of them again.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +38,7 @@ flags.mark_flag_as_required("config")
 distributed.define_flags()
 
 
-def main(_: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> int:
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
 
     distributed.join()
@@ -69,7 +71,12 @@ def main(_: Sequence[str]) -> None:
         crop=config.data.get("crop", "centre"),
     )
     base = state.join(*(run.variables for run in bases))
-    train.run(config, task, base, batches, data["fingerprint"], workdir, mesh)
+    finished = train.run(config, task, base, batches, data["fingerprint"], workdir, mesh)
+    if not finished and distributed.first():
+        print(
+            "saved and stopped, as a process was told to (SIGTERM): start all of them again to go on.", file=sys.stderr
+        )
+    return 0 if finished else distributed.RESTART
 
 
 if __name__ == "__main__":

@@ -91,6 +91,16 @@ def agree(found: str) -> None:
             ) from None
 
 
+def told_to_stop(step: int) -> bool:
+    """Whether all processes are to save and stop after this step, since one of them got SIGTERM.
+
+    For jobs alone: a single process dies of SIGTERM. Every process must ask after every step, with the same numbers.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
 def end(error: BaseException) -> None:
     """Ends one of several processes on an error: in one sentence and with status RESTART when the error is that another has ended.
 

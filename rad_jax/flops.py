@@ -76,15 +76,25 @@ def attention(
 ) -> Count:
     """Scores and weighted sums of `width` = N H channels; their backward pass is two products for each of the two.
 
-    The kernel "splash" leaves out blocks above the diagonal and computes the scores again in each of its two backward kernels.
+    "splash" and "xla" leave out blocks above the diagonal; the kernel "splash" computes the scores again in each of its two backward
+    kernels.
     """
     forward = 4 * width * real * real * (0.5 if causal else 1.0)
     pairs = float(padded * padded)
     backward = 2.0
     if impl.startswith("splash"):
         pairs, backward = splash_pairs(padded, causal), 3.5
+    elif impl == "xla" and causal:
+        pairs = xla_pairs(padded)
     executed = 4 * width * pairs * (1 + (backward if passes else 0.0) + again)
     return Count(forward, forward * (3 if passes else 1), 3 * forward, executed)
+
+
+def xla_pairs(length: int) -> float:
+    """Pairs of a query and a key in the causal blocks of plain operations."""
+    from rad_jax.models.attention import query_blocks
+
+    return float(sum((end - start) * end for start, end in query_blocks(length, causal=True)))
 
 
 def splash_pairs(length: int, causal: bool) -> float:

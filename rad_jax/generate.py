@@ -3,6 +3,7 @@
 Under `jax.set_mesh` and linen's logical rules the rows of the batch lie over the data and fsdp axes, the heads of the cache over tensor.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rad_jax.images import normalise
-from rad_jax.models.llama import Cache
+from rad_jax.models.llama import Caches
 from rad_jax.models.llava import Llava
 from rad_jax.state import Tree
 
@@ -53,13 +54,13 @@ def generate(
     return loop(model, variables, logits, lengths, cache, index < 0, keys)
 
 
-def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Cache]:
+def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Caches]:
     """The prompts' next-token logits float32 [B, V], their lengths with the image int32 [B], and a cache with `room` for more tokens.
 
     Args: as in `generate`.
 
     Returns:
-        Keys and values are [L, B, S + room, K, H] each, with S = T - 1 + P, or T without images.
+        Keys and values are [L, B, K, S + room, H] each, with S = T - 1 + P, or T without images.
     """
     images, vision = None, model.config.vision
     if vision is not None and "image" in batch:
@@ -67,8 +68,8 @@ def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> 
     logits, lengths, cache = model.apply(variables, batch["tokens"], batch["length"], images, method="prefill")
 
     def widened(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
-        return nn.with_logical_constraint(x, (None, "batch", "length", "act_heads", None))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
+        return nn.with_logical_constraint(x, (None, "batch", "act_heads", "length", None))
 
     return logits, lengths, jax.tree.map(widened, cache)
 
@@ -78,7 +79,7 @@ def decode(
     variables: Tree,
     logits: Array,
     lengths: Array,
-    cache: Cache,
+    cache: Caches,
     done: Array,
     keys: Array,
     *,
@@ -112,11 +113,28 @@ def decode(
         logits, cache = decode_step(model, variables, token, lengths + step, cache)
         return step + 1, logits, cache, done | (token == eos_id), out
 
+    if model.config.llm.unroll >= model.config.llm.depth:
+        model, variables, cache = apart(model, variables, cache)
     out = jnp.full((len(lengths), max_new_tokens), eos_id, jnp.int32)
     return jax.lax.while_loop(more, one, (jnp.zeros((), jnp.int32), logits, cache, done, out))[-1]
 
 
-def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+def apart(model: Llava, variables: Tree, cache: Any) -> tuple[Llava, Tree, Caches]:
+    """The same model with layers, their variables and their caches apart: from a stack, XLA's CPU backend copies each of them in every step."""
+    depth = range(model.config.llm.depth)
+
+    def split(collection: Tree) -> Tree:
+        llm = dict(collection.get("llm", {}))
+        stacked = llm.pop("layers", {})
+        layers = {f"layers_{layer}": jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in depth}
+        return {**collection, "llm": {**llm, **layers}}
+
+    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, stacked=False))
+    caches = tuple((cache[0][layer], cache[1][layer]) for layer in depth)
+    return Llava(config), {name: split(collection) for name, collection in variables.items()}, caches
+
+
+def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Caches) -> tuple[Array, Caches]:
     """One more token int32 [B] per row at its place int32 [B] in the row: the next logits float32 [B, V] and the updated cache."""
     return model.apply(variables, tokens, positions, cache, method="extend")
 

@@ -105,18 +105,21 @@ class Corpus:
     def identity(self, split: str, selection: str) -> dict[str, Any]:
         """What a run and its texts remember of their data: where the rows come from, how many, and a fingerprint of all of it.
 
-        The fingerprint is the number of rows, and SHA-256 over the shards' and the index's own.
+        The fingerprint begins with the number of rows.
         """
         rows = len(self.rows(split, selection))
-        index = self.meta["selections"][selection]["splits"][split]["sha256"]
-        digest = hashlib.sha256(f"{self.meta['fingerprint']} {index}".encode()).hexdigest()
         return {
             "dataset": self.meta["dataset"],
             "split": split,
             "selection": selection,
             "rows": rows,
-            "fingerprint": f"{rows}-{digest}",
+            "fingerprint": f"{rows}-{self.fingerprint(selection)}",
         }
+
+    def fingerprint(self, selection: str) -> str:
+        """SHA-256 over the shards' and over the indices of a selection: equal where its rows are."""
+        known = json.dumps(self.meta["selections"][selection], sort_keys=True)
+        return hashlib.sha256(f"{self.meta['fingerprint']} {known}".encode()).hexdigest()
 
     def rows(self, split: str, selection: str) -> np.ndarray:
         """Record and text numbers of a selection, int32 [n, 2]; of a mixture, numbers of members and of their rows."""
@@ -154,7 +157,7 @@ class Corpus:
     def _check_members(self) -> None:
         """Opens the corpora of a mixture, and refuses one that was packed anew since."""
         for corpus, member in zip(self._members, self.meta["members"], strict=True):
-            if corpus.meta["fingerprint"] != member["fingerprint"]:
+            if corpus.fingerprint(member["selection"]) != member["fingerprint"]:
                 raise UserError(f"{corpus.path}: is not the corpus that {self.path} was mixed from, mix it again")
 
     def _check_shards(self) -> None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from rad_jax import metrics, optim, quantise, sharding
+from rad_jax import distributed, metrics, optim, quantise, sharding
 from rad_jax.checkpoint import Checkpointer
 from rad_jax.errors import UserError
 from rad_jax.state import TrainState, Tree, select, split, table
@@ -58,8 +58,10 @@ def jitted_step(config: Any, task: Any, optimizer: optax.GradientTransformation,
 # ----------------------------------------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: str, workdir: Path, mesh: Mesh) -> None:
+def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: str, workdir: Path, mesh: Mesh) -> bool:
     """Trains until `config.steps`; run again, it goes on from the newest checkpoint.
+
+    When a process of the job is told to stop (SIGTERM), all of them save and return.
 
     Args:
         config: the experiment.
@@ -69,22 +71,17 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         corpus_fingerprint: of the data; a checkpoint made with other data is refused.
         workdir: where metrics.jsonl, checkpoints/ and loss.png go.
         mesh: the devices.
+
+    Returns:
+        Whether the run is finished.
     """
     optimizer = optim.optimizer(config.optimizer, config.steps)
     rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
-    rates = np.asarray(
-        rate(np.arange(config.steps))
-    )  # at once: asked for step by step, they would queue behind the steps
+    # All rates at once: asked for step by step, they would queue behind the steps.
+    rates = np.asarray(rate(np.arange(config.steps)))
     with jax.set_mesh(mesh), contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)) as checkpoints:
         state, frozen = initial(config, task, optimizer, base, mesh)
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            state, position = restored
-            if position["fingerprint"] != corpus_fingerprint:
-                raise UserError(
-                    f"{workdir} was trained on another corpus: give that one in --data, or another --workdir."
-                )
-            batches.set_state(position["batches"])
+        state = resume(checkpoints, state, batches, corpus_fingerprint, workdir)
         first = int(state.step)
         if jax.process_index() == 0:
             print(table(state.trainable, frozen))
@@ -94,6 +91,7 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
         meter = Meter(task.model.config.image_tokens)
         logged: tuple[int, Any, Span] | None = None
+        stops = False
         with nn.logical_axis_rules(sharding.RULES):
             for number in range(first + 1, config.steps + 1):
                 batch = sharding.place_batch(meter.next(batches), mesh)
@@ -102,7 +100,8 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
                 progress.step()
                 if logged is not None:  # read one step late: the device has the next one to do meanwhile
                     log(progress, meter, rates, *logged)
-                saves = number % config.checkpoint_every == 0 or number == config.steps
+                stops = distributed.told_to_stop(number)
+                saves = stops or number % config.checkpoint_every == 0 or number == config.steps
                 logs = saves or number % config.log_every == 0 or number == 1
                 logged = (number, numbers, meter.take()) if logs else None
                 if saves and logged is not None:
@@ -110,9 +109,30 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
                     log(progress, meter, rates, *logged)
                     logged = None
                     checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
+                if stops:
+                    break
         progress.close()
     if jax.process_index() == 0:
         metrics.plot(workdir)
+    return not stops
+
+
+def resume(
+    checkpoints: Checkpointer, state: TrainState, batches: Any, corpus_fingerprint: str, workdir: Path
+) -> TrainState:
+    """The newest checkpoint's state, and `batches` set to go on where it was; `state` itself where there is none.
+
+    Raises:
+        UserError: the checkpoint was made with other data.
+    """
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state
+    state, position = restored
+    if position["fingerprint"] != corpus_fingerprint:
+        raise UserError(f"{workdir} was trained on another corpus: give that one in --data, or another --workdir.")
+    batches.set_state(position["batches"])
+    return state
 
 
 def log(
@@ -168,7 +188,9 @@ def initial(
     return start(trainable, optimizer, config.seed, mesh), frozen
 
 
-def abstract(config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Tree]:
+def abstract(
+    config: Any, task: Any, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> tuple[TrainState, Tree]:
     """What `initial` gives, as shapes, dtypes and places: no weight is read or drawn."""
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     places = flatten_dict(sharding.variable_shardings(boxed, mesh), sep="/")
@@ -206,7 +228,7 @@ def start(trainable: Tree, optimizer: optax.GradientTransformation, seed: int, m
     )
 
 
-def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> Any:
     """Places for the optimizer's state: a moment lives where its weight does, the rest is everywhere."""
     shapes, whole = jax.eval_shape(optimizer.init, trainable), sharding.replicated(mesh)
     return optax.tree.map_params(

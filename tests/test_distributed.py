@@ -30,18 +30,18 @@ import ml_collections
 def get_config(name):
     return ml_collections.ConfigDict(json.loads(Path(__file__).with_name(f"{name}.json").read_text()))
 """
-# Runs a command whose process kills itself when it is asked for its sixth batch.
+# Runs a command whose process sends itself a signal when it asks for its sixth batch.
 VICTIM = """
-import os, runpy, signal, sys
-from rad_jax import input_pipeline, train
+import os, runpy, sys
+from rad_jax import train
 
-after, sys.argv = int(sys.argv[1]), sys.argv[2:]
+number, sys.argv, after = int(sys.argv[1]), sys.argv[2:], 5
 take = train.Meter.next
 
 def next_(self, batches):
     global after
     if not after:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     after -= 1
     return take(self, batches)
 
@@ -70,8 +70,8 @@ class Jobs:
         (self._folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
         return f"--config={self._folder / 'tiny.py'}:{name}"
 
-    def start(self, processes, devices, command, *arguments, victim=None):
-        """Processes of one job, or one process alone; `victim` is the process that kills itself."""
+    def start(self, processes, devices, command, *arguments, last=None):
+        """Processes of one job, or one process alone; the `last` one sends itself this signal."""
         environment = dict(os.environ)
         # Compiling takes far longer than running, so it may do without polishing the code.
         quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -85,7 +85,8 @@ class Jobs:
         for index in range(processes):
             several = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
             several = [*several, f"--process_id={index}"] if processes > 1 else []
-            run = ["-c", VICTIM, "5", f"launch.{command}"] if index == victim else ["-m", f"launch.{command}"]
+            signalled = last is not None and index == processes - 1
+            run = ["-c", VICTIM, str(int(last)), f"launch.{command}"] if signalled else ["-m", f"launch.{command}"]
             job.append(
                 subprocess.Popen(
                     [sys.executable, *run, *arguments, *several],
@@ -206,7 +207,7 @@ def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_pat
     training.run(config, tmp_path / "whole")
     workdir = tmp_path / "parts"
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={workdir}", *mesh_flags(2, 4, 1)]
-    job = jobs.start(2, 4, "train", *arguments, victim=1)
+    job = jobs.start(2, 4, "train", *arguments, last=signal.SIGKILL)
     assert job[1].wait(timeout=600) == -signal.SIGKILL
     killed = time.monotonic()
     (survivor, _) = jobs.end(job)
@@ -219,6 +220,19 @@ def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_pat
     text = jobs.run(2, 4, "train", *arguments)[0]
     assert re.search("resumed at step [24]", text)  # the save at step 4 may not have been whole yet
     same_run(workdir, tmp_path / "whole", resumed=True)
+
+
+@pytest.mark.slow
+def test_terminated_process_makes_the_job_save_and_stop(training, jobs, tmp_path):
+    """SIGTERM to one process, as before a machine is taken away."""
+    config = training.config("lm", steps=100_000, checkpoint_every=50_000, log_every=50_000)
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
+    job = jobs.start(2, 4, "train", *arguments, *mesh_flags(2, 4, 1), last=signal.SIGTERM)
+    for process in jobs.end(job):
+        assert process.status == distributed.RESTART, process.text
+    run = checkpoint.load_run(tmp_path / "run")
+    assert 5 < run.step < 100_000
+    assert metrics.read(tmp_path / "run")[-1]["step"] == run.step
 
 
 def test_flags_of_a_job(monkeypatch):

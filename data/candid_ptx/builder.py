@@ -12,12 +12,10 @@ Patient, sex, age and view are read from the DICOM headers. The splits are ours,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from data import labels, records, splits, tables
+from data import dicom, labels, records, splits, tables
 
 TABLE, FILMS = "Pneumothorax_reports.csv", "dataset"
-_TAGS = ("PatientID", "PatientSex", "PatientAge", "ViewPosition")
 
 
 class CandidPtx(records.SourceBuilder):
@@ -44,7 +42,7 @@ class CandidPtx(records.SourceBuilder):
                 reason = "no report"
             elif not path.is_file():
                 reason = "missing image"
-            elif (header := read_header(path)) is None:
+            elif (header := dicom.read_header(path)) is None:
                 reason = "unreadable image"
             if reason:
                 self.skipped.append(records.Skip(name, name, reason))
@@ -55,36 +53,22 @@ class CandidPtx(records.SourceBuilder):
         return {split: [film for film in films if split_of[film.patient] == split] for split in records.SPLITS}
 
 
-def film(path: Path, header: dict[str, str], rows: list[tables.Row], report: str) -> records.Film:
+def film(path: Path, header: dicom.Header, rows: list[tables.Row], report: str) -> records.Film:
     """The film of all rows of one image."""
     masks = {row["EncodedPixels"] for row in rows} - {""}
     stated = int(masks != {"-1"}) if masks else labels.NOT_STATED
     vector = [stated if name == "Pneumothorax" else labels.NOT_STATED for name in labels.CHEXPERT]
-    view = header["ViewPosition"].upper()
     return records.Film(
         path=path,
         id=path.name,
-        patient=header["PatientID"] or path.name,
+        patient=header.patient or path.name,
         study=path.name,
-        view=view,
+        view="LATERAL" if header.lateral else header.view,
         # A header that says nothing is of a frontal film, as nearly all are.
-        frontal=view not in ("LL", "RL", "LATERAL"),
+        frontal=not header.lateral,
         texts=[records.text(report)],
-        sex=header["PatientSex"] if header["PatientSex"] in ("F", "M") else "",
-        age=tables.number(header["PatientAge"]),
+        sex=header.sex,
+        age=header.age,
         labels=vector,
         source="CANDID-PTX",
     )
-
-
-def read_header(path: Path) -> dict[str, str] | None:
-    """Patient, sex, age and view of a DICOM file, empty where not given; None when it cannot be read."""
-    import pydicom
-
-    try:
-        header: Any = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=[*_TAGS, "Rows"])
-        if "Rows" not in header:  # no image
-            return None
-        return {tag: str(header.get(tag) or "").strip() for tag in _TAGS}
-    except Exception:  # pydicom raises whatever damaged bytes lead it to
-        return None

@@ -60,7 +60,7 @@ class OpenI(records.SourceBuilder):
         self.counts["reports"] += 1
         try:
             words, ids = read_report(path)
-        except ElementTree.ParseError:
+        except (ElementTree.ParseError, LookupError, ValueError):  # the last two over an encoding that is none
             self.skipped.append(records.Skip(path.stem, "", "damaged report"))
             return []
         for name in ("findings", "impression"):
@@ -93,7 +93,7 @@ def read_report(path: Path) -> tuple[dict[str, str | None], list[str]]:
     """The text of a report, and the ids of its films.
 
     Raises:
-        ElementTree.ParseError: the file is no XML.
+        ElementTree.ParseError, LookupError, ValueError: the file is no XML.
     """
     root = ElementTree.parse(path).getroot()
     sections = {e.get("Label"): (e.text or "").strip() or None for e in root.iter("AbstractText")}

@@ -115,7 +115,9 @@ def make_weights(problem: Problem) -> None:
     def drawn(name: str, shape: Sequence[int]) -> np.ndarray:
         if len(shape) == 1:
             return (0.1 * rng.standard_normal(shape) + (name.endswith("weight"))).astype(np.float32)
-        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        # Words larger than what the layers add, so that a text does not end in one word over and over.
+        fan_in = 0.1 if "embed_tokens" in name else np.prod(shape[1:])
+        return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
 
     whole = names(problem, dataclasses.replace(problem.vision, feature_layer=None))
     save_file({n: drawn(n, shape) for n, shape in whole.shapes().items()}, problem.folder / torch_llava.WEIGHTS)

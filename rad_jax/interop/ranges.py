@@ -99,7 +99,7 @@ def _prompt(model: Exported, indication: str | None) -> np.ndarray:
         slot = (IMAGE_ID,) if image else ()
         return np.array(render_v1(load_tokenizer(model.tokenizer), question(indication), None, slot).ids)
     drawn = np.random.default_rng(0).integers(3, model.config.llm.vocab_size, WORDS)
-    return np.concatenate([[1], [IMAGE_ID] * image, drawn])
+    return np.array([1, *[IMAGE_ID] * image, *drawn])
 
 
 def _drawn(size: int) -> np.ndarray:

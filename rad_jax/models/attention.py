@@ -18,6 +18,9 @@ Impl = Literal["xla", "cudnn", "splash", "splash_interpret"]
 _LANES = 128  # a TPU's vector registers are this wide: block sizes are multiples of it
 _LARGEST_BLOCK = 1024  # of queries and of keys; larger ones do not fit the fast memory of every chip
 
+_HIDDEN = -1e30  # score of a key that is not seen; finite, so that a row that sees none gives no NaN
+_SMALLEST_BLOCK = 64  # queries
+
 
 def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool, impl: Impl = "xla") -> Array:
     """Scaled dot-product attention with lengths instead of masks.
@@ -26,7 +29,7 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         q: [B, S, N, H].
         k, v: [B, T, K, H]; K divides N (grouped-query attention).
         lengths: int32 [B], keys at and after a row's length are not seen; None when all are real.
-        causal: query s sees keys 0..s. For a single decoding query leave it off and pass `lengths` = position + 1.
+        causal: query s sees keys 0..s.
         impl: "xla" everywhere, "cudnn" on NVIDIA GPUs in 16 bit, "splash" on TPUs ("splash_interpret" is the same kernel, slowly, on any
             machine); chosen by the config, never by the backend.
 
@@ -34,7 +37,9 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         [B, S, N, H] in q's dtype; the softmax is taken in float32. Queries at and after a row's length are padding, and what they get is
         unspecified when `causal`.
     """
-    if impl == "xla" or impl == "cudnn":
+    if impl == "xla":
+        return _in_blocks(q, k, v, lengths, causal)
+    if impl == "cudnn":
         y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
         return checkpoint_name(y, "attended")
     if lengths is None:
@@ -90,6 +95,63 @@ def _blocks(length: int) -> tuple[int, int]:
     count = -(-length // _LARGEST_BLOCK)
     block = -(-length // (count * _LANES)) * _LANES
     return count * block, block
+
+
+def attend_cached(q: Array, keys: Array, values: Array, lengths: Array) -> Array:
+    """Attention of one new token over the cache, its own key and value included.
+
+    Heads come before tokens there, so that no product needs a transposed copy of it: five to ten times faster on XLA's CPU backend.
+
+    Args:
+        q: [B, 1, N, H].
+        keys, values: [B, K, T, H].
+        lengths: int32 [B], tokens at and after a row's length are not seen.
+
+    Returns:
+        [B, 1, N, H] in q's dtype; the softmax is taken in float32.
+    """
+    grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
+    scores = jnp.einsum("bkgh,bkth->bkgt", grouped, keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.arange(keys.shape[2]) < lengths[:, None, None, None], scores, _HIDDEN)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    y = jnp.einsum("bkgt,bkth->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return (y / weights.sum(-1, keepdims=True)).reshape(q.shape).astype(q.dtype)
+
+
+def _in_blocks(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
+    """`attend` in plain operations, in up to four blocks of queries: a causal one computes no scores of keys behind it.
+
+    On XLA's CPU backend about three times as fast as `jax.nn.dot_product_attention`: heads come first, so that products need no
+    transposed copies, scores of a block stay in the cache, and it is the output, not the weights, that is divided by the weights' sum.
+    """
+    batch, queries, heads, width = q.shape
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, queries, width)
+    blocks = []
+    for start, end in query_blocks(queries, causal):
+        seen = end if causal else k.shape[1]
+        part, at = q[:, :, :, start:end], jnp.arange(seen)
+        scores = jnp.einsum("bkgsh,bkth->bkgst", part, keys[:, :, :seen], preferred_element_type=jnp.float32)
+        scores *= 1 / math.sqrt(width)
+        if causal:
+            scores = jnp.where(jnp.arange(start, end)[:, None] >= at, scores, _HIDDEN)
+        if lengths is not None:
+            scores = jnp.where((at < lengths[:, None])[:, None, None, None], scores, _HIDDEN)
+        # The maximum is there for safety; the result does not depend on it.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        y = jnp.einsum(
+            "bkgst,bkth->bkgsh", weights.astype(v.dtype), values[:, :, :seen], preferred_element_type=jnp.float32
+        )
+        y = checkpoint_name(y.astype(q.dtype), "attended")
+        blocks.append((y / weights.sum(-1, keepdims=True)).astype(q.dtype))
+    return jnp.concatenate(blocks, axis=3).reshape(batch, heads, queries, width).swapaxes(1, 2)
+
+
+def query_blocks(queries: int, causal: bool) -> list[tuple[int, int]]:
+    """Start and end of the blocks of queries that "xla" goes through; a causal one sees keys up to its end."""
+    count = min(4, max(1, queries // _SMALLEST_BLOCK)) if causal else 1
+    size = -(-queries // count)
+    return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def attention_weights(q: Array, k: Array, lengths: Array | None, *, causal: bool) -> Array:

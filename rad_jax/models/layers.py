@@ -53,8 +53,8 @@ def fan_in_uniform(axes: int) -> Init:
 
 
 def dropout_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
-    """Entries that dropout (Srivastava et al. 2014) keeps, each with probability 1 - `rate` to 1/65536: 16 random bits decide."""
-    return jax.random.bits(key, shape, jnp.uint16) >= round(rate * 2**16)
+    """Entries that dropout (Srivastava et al. 2014) keeps, each with probability 1 - `rate`: 32 random bits decide, compared as they are."""
+    return jax.random.bits(key, shape, jnp.uint32) >= jnp.uint32(round(rate * 2**32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

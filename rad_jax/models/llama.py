@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rad_jax.lora import LoraSpec
-from rad_jax.models.attention import Impl, attend, attention_weights
+from rad_jax.models.attention import Impl, attend, attend_cached, attention_weights
 from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
 
 Array = jax.Array
-Cache = tuple[Array, Array]
+Cache = tuple[Array, Array]  # keys and values, [B, K, T, H] of one layer, [L, B, K, T, H] of all
+Caches = Cache | tuple[Cache, ...]  # of all layers, stacked or apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of the decoder, and how it is computed; `int8` is for training beside frozen layers (config.frozen_dtype)."""
+    """Shape of the decoder, and how it is computed; `int8` is for training beside frozen layers (config.frozen_dtype).
+
+    Layers are scanned over stacked variables `layers`; where they are not `stacked`, they are called `layers_0` and so on.
+    """
 
     vocab_size: int
     width: int
@@ -54,6 +58,7 @@ class LlamaConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    stacked: bool = True
     attention: Impl = "xla"
     rope: Literal["halves", "matmul"] = "halves"
     int8: bool = False
@@ -122,14 +127,8 @@ def _scaled(frequencies: Array, scaling: RopeScaling | None) -> Array:
     return (1 - kept) * lowered + kept * frequencies
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int) -> Cache:
-    """Keys and values of all layers, zeros [L, B, length, K, H] each."""
-    shape = (config.depth, batch, length, config.kv_heads, config.head_dim)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-
-
 class SelfAttention(nn.Module):
-    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it."""
+    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it and itself."""
 
     config: LlamaConfig
     lora: LoraSpec | None
@@ -147,17 +146,16 @@ class SelfAttention(nn.Module):
         k = checkpoint_name(rope(heads("k", c.kv_heads, "kv_heads"), step.cos, step.sin, c.rope), "k")
         v = checkpoint_name(heads("v", c.kv_heads, "kv_heads"), "v")
         if cache is None:
+            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
             y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)
             if self.is_mutable_collection("attention") and not self.is_initializing():
                 self.sow("attention", "weights", attention_weights(q, k, step.lengths, causal=True))
         else:
-            rows = jnp.arange(x.shape[0])
-            here = step.positions[:, 0]
-            k = cache[0].at[rows, here].set(k[:, 0])
-            v = cache[1].at[rows, here].set(v[:, 0])
-            y = attend(q, k, v, here + 1, causal=False)
+            rows, here = jnp.arange(x.shape[0]), step.positions[:, 0]
+            keys, values = cache[0].at[rows, :, here].set(k[:, 0]), cache[1].at[rows, :, here].set(v[:, 0])
+            y = attend_cached(q, keys, values, here + 1)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
-        return y, (k, v)
+        return y, (keys, values)
 
 
 class SwiGlu(nn.Module):
@@ -198,7 +196,10 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         self.embed = Embed(c.vocab_size, c.width, dtype=dtype)
-        self.layers = scanned(Block, c.depth, c.remat, c.unroll)(c, self.lora)
+        if c.stacked:
+            self.layers = scanned(Block, c.depth, c.remat, c.unroll)(c, self.lora)
+        else:
+            self.layers = [Block(c, self.lora) for _ in range(c.depth)]
         self.norm = RMSNorm(c.eps, dtype)
         self.head = Dense((c.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=dtype)
 
@@ -206,16 +207,23 @@ class Llama(nn.Module):
         """int32[B, T] -> [B, T, D]."""
         return self.embed(tokens)
 
-    def decode(self, x: Array, step: Step, cache: Cache | None = None) -> tuple[Array, Cache]:
-        """Embeddings [B, S, D] through the layers and the final norm.
+    def decode(self, x: Array, step: Step, cache: Caches | None = None) -> tuple[Array, Caches]:
+        """Embeddings [B, S, D] through the layers and the final norm; with a cache S is 1.
 
         Returns:
             Hidden states [B, S, D], and keys and values of all layers: of these S tokens without a cache, the updated cache with one.
         """
         c = self.config
         cos, sin = angles(step.positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        x, cache = self.layers(x, cache, dataclasses.replace(step, cos=cos, sin=sin))
-        return self.norm(x), cache
+        step = dataclasses.replace(step, cos=cos, sin=sin)
+        if c.stacked:
+            x, cache = self.layers(x, cache, step)
+            return self.norm(x), cache
+        caches = []
+        for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
+            x, new = layer(x, past, step)
+            caches.append(new)
+        return self.norm(x), tuple(caches)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] -> float32 [..., V]."""

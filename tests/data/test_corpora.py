@@ -15,6 +15,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 
 from data import tables
 from data.corpora import CORPORA, builder_class
+from data.dicom import read_header
 from data.labels import CHEXPERT
 from data.packing import Arguments, pack
 from data.reports.from_labels import findings_of, of_chexpert
@@ -42,7 +43,7 @@ def write_film(path: Path, deep: bool = False) -> None:
     Image.fromarray(PIXELS * 50 if deep else (PIXELS % 256).astype(np.uint8)).save(path)
 
 
-def write_dicom(path: Path, **tags: str) -> None:
+def write_dicom(path: Path, **tags: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -50,13 +51,13 @@ def write_dicom(path: Path, **tags: str) -> None:
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     dataset = pydicom.Dataset()
     dataset.file_meta = meta
-    for tag, value in tags.items():
-        setattr(dataset, tag, value)
     dataset.Rows, dataset.Columns = PIXELS.shape
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
     dataset.PixelRepresentation, dataset.SamplesPerPixel = 0, 1
     dataset.PhotometricInterpretation = "MONOCHROME1"
     dataset.PixelData = PIXELS.tobytes()
+    for tag, value in tags.items():
+        setattr(dataset, tag, value)
     pydicom.dcmwrite(path, dataset, enforce_file_format=True)
 
 
@@ -365,6 +366,46 @@ def test_object_cxr(tmp_path):
     write_table(source / "dev.csv", [{"image_path": "08001.jpg", "annotation": "0 3 6 15"}])
     with pytest.raises(UserError, match=r"dev\.csv: an annotation is not as published"):
         builder_class("object_cxr")(source=source, image_size=20, data_dir=tmp_path / "d").jobs()
+
+
+def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
+    """A folder of films without a column for the view."""
+    tags: dict[str, dict[str, Any]] = {
+        "frontal": {"BodyPartExamined": "CHEST", "ViewPosition": "PA"},
+        "silent": {},
+        "lateral": {"BodyPartExamined": "PORT CHEST", "ViewPosition": "LL"},
+        "ankle": {"BodyPartExamined": "ANKLE"},
+        "many": {"NumberOfFrames": 2, "PixelData": PIXELS.tobytes() * 2},
+        "colour": {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PixelData": PIXELS.tobytes() * 3},
+        "cut": {"PixelData": PIXELS.tobytes()[:-400]},
+    }
+    for name, values in tags.items():
+        write_dicom(tmp_path / f"{name}.dcm", **values)
+    rows = [{"image": f"{name}.dcm", "findings": "Clear.", "id": name, "split": "train"} for name in tags]
+    write_table(tmp_path / "reports.csv", rows)
+    manifest, films = packed("folder", tmp_path, tmp_path / "c")
+    assert manifest["summary"]["skipped"] == {
+        "not a chest film": 1,
+        "several frames": 1,
+        "colour image": 1,
+        "unreadable image": 1,
+    }
+    assert manifest["summary"]["views"] == {"PA": 1, "unknown": 1, "LATERAL": 1}
+    assert {name: row["frontal"] for name, row in films.items()} == {"frontal": True, "silent": True, "lateral": False}
+
+
+def test_the_real_dicom_files(real, tmp_path):
+    headers = {path.name: read_header(path) for path in sorted((real / "dicom").glob("*.dcm"))}
+    assert {name: (h.view, h.unusable) for name, h in headers.items() if h} == {
+        "CR-MONO1-10-chest.dcm": ("PA", ""),
+        "CR-ModalitySequenceLUT.dcm": ("", ""),
+        "RG1_J2KI.dcm": ("PA", ""),
+        "RG1_JLSN.dcm": ("PA", ""),
+        "RG3_J2KI_extremity.dcm": ("AP", "not a chest film"),
+        "mlut_18.dcm": ("", ""),
+        "vlut_04.dcm": ("", ""),
+    }
+    assert read_header(real / "images/openi/CXR54_IM-2145-1001.png") is None
 
 
 # ------------------------------------------------------------------------------------------------------------------ what they share

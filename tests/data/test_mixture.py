@@ -133,9 +133,14 @@ def test_a_member_that_was_packed_anew_is_noticed(tmp_path):
     with pytest.raises(UserError, match="is a mixture itself"):
         mixture.pack({"mix": members()["one"]}, tmp_path, tmp_path / "twice")
     file = tmp_path / "one/corpus.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "other"}))
-    with pytest.raises(UserError, match=r"is not the corpus that .* was mixed from"):
-        Corpus.open(tmp_path / "mix")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"selections": whole["selections"] | {"frontal": {}}}))
+    Corpus.open(tmp_path / "mix")  # another selection is nothing to it
+    changed = whole["selections"] | {"all": whole["selections"]["all"] | {"question": "stored"}}
+    for change in ({"fingerprint": "other"}, {"selections": changed}):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=r"is not the corpus that .* was mixed from"):
+            Corpus.open(tmp_path / "mix")
 
 
 def test_the_command(corpora, tmp_path):

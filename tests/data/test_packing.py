@@ -49,7 +49,14 @@ def test_what_a_corpus_holds(corpus):
     size = manifest["summary"].pop("bytes")
     assert size == sum(path.stat().st_size for path in (out / manifest["builder_dir"]).iterdir())
     equal = {"in the same split": 0, "in two splits": 0}
-    assert manifest["summary"] == {"read": 20, "written": 20, "skipped": {}, "counts": {}, "duplicate_images": equal}
+    assert manifest["summary"] == {
+        "read": 20,
+        "written": 20,
+        "skipped": {},
+        "counts": {},
+        "duplicate_images": equal,
+        "views": {"PA": 14, "AP": 6},
+    }
     manifest["summary"]["bytes"] = size
     assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
     tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])

@@ -29,3 +29,12 @@ def test_nearest_equals_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert baselines.nearest_reports(train, reports, train[:0]) == []
     with pytest.raises(ValueError, match="no training image"):
         baselines.nearest(train[:0], query)
+
+
+def test_random_reports_are_drawn_from_all() -> None:
+    reports = [f"report {i}" for i in range(5)]
+    drawn = baselines.random_reports(reports, 200)
+    assert {*drawn} == {*reports} and drawn == baselines.random_reports(reports, 200)
+    assert drawn != baselines.random_reports(reports, 200, seed=1)
+    with pytest.raises(ValueError, match="no training report"):
+        baselines.random_reports([], 1)

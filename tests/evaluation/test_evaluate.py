@@ -61,6 +61,7 @@ PREDICTIONS = {"a": LEFT, "b": LEFT, "c": CLEAR, "d": ""}
 
 class MemoryCorpus(Corpus):
     def source(self, split: str, selection: str = "all") -> Any:
+        assert selection == "all"
         return RECORDS[split]
 
 
@@ -101,7 +102,7 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
     assert source["malformed"] == [{"line": 6, "reason": "not JSON"}]
     assert source["not_in_corpus"] == [5]
     assert source["sha256"] == hashlib.sha256(preds.read_bytes()).hexdigest()
-    assert [s["kind"] for s in result["systems"]] == ["predictions", "baseline", "baseline"]
+    assert [s["kind"] for s in result["systems"]] == ["predictions", *["baseline"] * 3]
 
     macro, side = (report.lookup(result, name) or {} for name in ("finding_macro_f1", "laterality"))
     assert (macro["per_finding"]["pleural_effusion"]["f1"], macro["per_finding"]["pleural_effusion"]["support"]) == (
@@ -132,7 +133,8 @@ def test_schema(tmp_path: Path) -> None:
     """The names and fields that readers of results.json rely on."""
     result = run_evaluate([write(tmp_path / "p.jsonl", PREDICTIONS)], tmp_path / "out")
     assert list(result) == [
-        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "subgroups", "comparisons", "warnings")
+        *("schema_version", "created", "tool", "inputs", "systems", "metrics", "published"),
+        *("subgroups", "comparisons", "warnings"),
     ]
     assert {"path", "sha256", "n", "unit", "access"} <= result["inputs"][0].keys()
     names = [metric["name"] for metric in result["metrics"]]
@@ -208,22 +210,22 @@ def test_subgroups(tmp_path: Path) -> None:
     assert found == {("view", "PA"): (1.0, 22), ("view", "AP"): (0.0, 23)}  # 15 women are too few
     text = (tmp_path / "out" / "results.md").read_text()
     assert "view: PA" in text and "Behind the averages" in text
-    for content, message in (("x\n", "no column 'id'"), (None, "no groups at")):
-        path = tmp_path / f"{len(message)}.csv"
-        if content:
-            path.write_text(content)
+    (tmp_path / "no_id.csv").write_text("x\n")
+    for name, message in (("no_id.csv", "no column 'id'"), ("absent.csv", "no groups at")):
         with pytest.raises(UserError, match=message):
-            command.read_groups(path)
+            command.read_groups(tmp_path / name)
 
 
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
     preds = write(tmp_path / "p.jsonl", PREDICTIONS)
     names = list(profiles.PROFILES)
-    result = run_evaluate([preds], tmp_path / "out", profiles=names)
+    result = run_evaluate([preds], tmp_path / "out", profiles=names, bleu=["hf"])
     signatures = {(m["profile"], m["name"]): m["signature"] for m in result["metrics"]}
     assert {profile for profile, _ in signatures} == {*names}
     assert len({signatures[profile, "bleu_4"] for profile in ("native", "llava-rad", "radeval")}) == 3
     assert "tok:blank" in signatures["radeval", "bleu_4"] and "stem:porter" in signatures["radeval", "rouge_l"]
+    assert "smooth:none" in signatures["native", "bleu_4_hf"] and ("radeval", "bleu_4_hf") not in signatures
+    assert "f:1.2" in signatures["r2gen", "rouge_l"] and "idf:4-references" in signatures["r2gen", "cider"]
     assert "tok:radcliq" in signatures["rexrank", "bleu_2"]
     assert "value:median-200" in signatures["llava-rad", "rouge_l"] and "seed3" in signatures["llava-rad", "rouge_l"]
     middle = rouge.bootstrap_of_means(np.array([1.0, 0.75, 1.0, 0.0]), 200, 3)[1]
@@ -245,7 +247,7 @@ def test_label_files_give_their_metrics(tmp_path: Path) -> None:
     assert value(result, "chexbert_macro_5") == pytest.approx(2 / 3 / 5)
     assert not any("chexbert" in warning.split(" left out")[0] for warning in result["warnings"])
     labels.write_csv(tmp_path / "said.csv", ["a"], said[:1])
-    with pytest.raises(UserError, match="a label file lacks 3 of the 4 studies"):
+    with pytest.raises(UserError, match="--labels: a file lacks 3 of the 4 studies"):
         report.evaluate(command.read_inputs([preds], [tmp_path / "said.csv"]), options)
 
 

@@ -44,3 +44,56 @@ def test_bad_input_is_refused() -> None:
         pointing.hit(np.full((2, 2), np.nan), np.ones((4, 4), bool))
     empty = pointing.pointing_game([], [], [])
     assert (empty.accuracy, empty.chance, empty.n) == (None, None, 0)
+
+
+def test_mass_contrast_and_overlap() -> None:
+    """A made-up 4 x 4 map; its box is the two cells 0.8 and 0.6. The contrast has population variances."""
+    attention = np.zeros((4, 4))
+    attention[1, 1:3], attention[2, 1:3], attention[3, 3] = (0.8, 0.6), (0.4, 0.2), 0.1
+    mask = np.zeros((4, 4), bool)
+    mask[1, 1:3] = True
+    score = pointing.map_score(attention, mask)
+    assert score.contrast == pytest.approx(4.333333, abs=1e-6)
+    assert score.mass == pytest.approx(0.666667, abs=1e-6)
+    assert score.mean_iou == pytest.approx(np.mean([0.5, 2 / 3, 2 / 3, 1, 1]))
+    assert pointing.hit(attention, mask)
+    large = pointing.map_score(attention, np.kron(mask, np.ones((7, 7), bool)))
+    assert (large.mass, large.mean_iou) == pytest.approx((score.mass, score.mean_iou))
+
+
+def test_maps_and_masks_that_cannot_be_scored() -> None:
+    mask = np.eye(2, dtype=bool)
+    assert np.isnan(pointing.map_score(np.ones((2, 2)), mask).contrast)
+    assert pointing.map_score(np.zeros((2, 2)), mask).mass == 0.0
+    for attention, box in ((-np.ones((2, 2)), mask), (np.full((2, 2), np.nan), mask), (np.ones((2, 2)), mask | True)):
+        with pytest.raises(ValueError, match=r"attention map|the boxes"):
+            pointing.map_score(attention, box)
+
+
+def point_at(row: int, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """A map whose maximum is there, and the mask of that place."""
+    attention = np.zeros((4, 4))
+    attention[row, column] = 1.0
+    return attention, attention > 0
+
+
+def test_looking_beats_other_patients_maps() -> None:
+    places = [(i % 4, i // 4 % 4) for i in range(32)]
+    maps, masks = zip(*(point_at(*place) for place in places), strict=True)
+    looks = pointing.against_shuffled(maps, masks, ["nodule"] * 32, list(range(32)))
+    assert looks.accuracy == 1.0 and looks.n == 32
+    assert looks.shuffled_accuracy is not None and looks.shuffled_accuracy < 0.3 and looks.p < 0.01
+
+
+def test_knowing_the_usual_place_does_not() -> None:
+    usual, mask = point_at(1, 1)
+    knows = pointing.against_shuffled([usual] * 20, [mask] * 20, ["nodule"] * 20, list(range(20)))
+    assert (knows.accuracy, knows.shuffled_accuracy, knows.p) == (1.0, 1.0, 1.0)
+
+
+def test_partners_are_other_patients_with_the_same_finding() -> None:
+    usual, mask = point_at(1, 1)
+    alone = pointing.against_shuffled([usual] * 3, [mask] * 3, ["a", "a", "b"], ["p", "p", "q"])
+    assert alone == pointing.Control(None, None, 0, 1.0, 1.0)
+    two = pointing.against_shuffled([usual] * 3, [mask] * 3, ["a", "a", "b"], ["p", "r", "q"])
+    assert (two.n, two.p_min) == (2, 0.5)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import bleu, rouge, scoring, statistics
+from evaluation import bleu, cider, rouge, scoring, statistics
 
 # Four made-up pairs; beside the tests stands what printed the values, six digits or more of them.
 REFERENCES = [
@@ -206,6 +206,9 @@ def test_golden_coco(golden: dict[str, Any], pairs: tuple[list[str], list[str]])
         metric = bleu.metric(*pairs, order, "coco-clean")
         assert metric.total() == pytest.approx(expected["bleu"][order - 1], rel=1e-12)
         np.testing.assert_allclose(metric.each(), expected["bleu_per"][order - 1], rtol=1e-12)
+    found = cider.metric(*pairs, bleu.tokens_clean, "tok:alnum")
+    assert found.total() == pytest.approx(expected["cider"], rel=1e-12)
+    np.testing.assert_allclose(found.each(), expected["cider_per"], rtol=1e-9, atol=1e-12)
     rouge_l = rouge.coco_metric(*pairs, bleu.tokens_clean, "tok:alnum")
     assert rouge_l.total() == pytest.approx(expected["rouge_l"], rel=1e-12)
     np.testing.assert_allclose(rouge_l.each(), expected["rouge_l_per"], rtol=1e-12)

@@ -69,7 +69,7 @@ def test_training_checkpoint(tmp_path, trunk, size):
     with jax.default_matmul_precision("highest"):
         ours = jax.jit(task.model.apply)(weights, images, tokens, lengths)
     # Unit vectors after twelve layers in float32, entries of size 0.04; and the temperature.
-    for mine, other, tolerance in zip(ours, theirs, (1e-5, 1e-5, 1e-4), strict=True):
+    for mine, other, tolerance in zip(ours[:3], theirs, (1e-5, 1e-5, 1e-4), strict=True):
         assert np.abs(np.asarray(mine) - other).max() <= tolerance
     del weights, task
     gc.collect()

@@ -1,10 +1,13 @@
 """The contrastive model against open_clip: a timm trunk and a Hugging Face BERT, built from a folder that holds a config alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rad_jax.contrastive import contrastive_loss
 from rad_jax.interop import open_clip as mapping
 from rad_jax.interop import tables
 from rad_jax.models.bert import BertConfig
@@ -22,8 +25,13 @@ CONFIG = ClipConfig(
 )
 
 
+@pytest.fixture(params=["softmax", "sigmoid"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-def model(tmp_path, randomised):
+def model(tmp_path, randomised, kind):
     open_clip = pytest.importorskip("open_clip")
     transformers = pytest.importorskip("transformers")
     transformers.BertConfig(
@@ -43,32 +51,36 @@ def model(tmp_path, randomised):
         "hf_proj_type": "mlp",
         "hf_pooler_type": "cls_last_hidden_state_pooler",
     }
-    return randomised(open_clip.model.CustomTextCLIP(24, vision, text))
+    bias = -10.0 if kind == "sigmoid" else None
+    return randomised(open_clip.model.CustomTextCLIP(24, vision, text, init_logit_bias=bias))
 
 
-def test_embeddings_scale_and_contrastive_gradients(model, parity, state):
-    from open_clip.loss import ClipLoss
+def test_embeddings_scale_and_contrastive_gradients(model, kind, parity, state):
+    from open_clip.loss import ClipLoss, SigLipLoss
 
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, 160, 160, 3)).astype(np.float32)
     tokens = rng.integers(1, 64, (4, 10)).astype(np.int32)
     lengths = np.array([10, 6, 3, 9], np.int32)
     tokens[np.arange(10) >= lengths[:, None]] = 0  # open_clip makes its mask from the pad id
-    image, text, scale = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(tokens).long())
-    ClipLoss()(image, text, scale).backward()
-    table = mapping.table(CONFIG)
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    image, text, *numbers = model(pixels, torch.from_numpy(tokens).long())
+    peer = ClipLoss() if kind == "softmax" else SigLipLoss()
+    peer(image, text, *numbers).backward()
+    config = dataclasses.replace(CONFIG, loss=kind)
+    table = mapping.table(config)
 
     def loss(p):
-        outputs = Clip(CONFIG).apply({"params": p}, images, tokens, lengths)
-        logits = outputs[2] * outputs[0] @ outputs[1].T
-        by_image, by_text = (jnp.diag(jax.nn.log_softmax(x)).mean() for x in (logits, logits.T))
-        return -(by_image + by_text) / 2, outputs
+        images_at, texts_at, scale, bias = Clip(config).apply({"params": p}, images, tokens, lengths)
+        total, (pairs, _) = contrastive_loss(images_at, texts_at, scale, bias, jnp.ones(4), kind=kind)
+        return total / pairs, (images_at, texts_at, scale)
 
     params = jax.tree.map(jnp.asarray, tables.load(table, state(model)))
     (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     parity.forward("CLIP image embedding", "open_clip CustomTextCLIP", ours[0], image.detach())
     parity.forward("CLIP text embedding", "open_clip CustomTextCLIP", ours[1], text.detach())
     # The scale is about 17: float32 holds it to 1e-6.
-    parity.forward("CLIP temperature", "open_clip CustomTextCLIP", ours[2], scale.detach())
+    parity.forward("CLIP temperature", "open_clip CustomTextCLIP", ours[2], numbers[0].detach())
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    parity.gradients("CLIP contrastive gradients", "open_clip CustomTextCLIP", grads, tables.load(table, theirs))
+    name = f"CLIP contrastive gradients, {kind}"
+    parity.gradients(name, "open_clip CustomTextCLIP", grads, tables.load(table, theirs))

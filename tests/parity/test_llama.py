@@ -105,7 +105,7 @@ def greedy(params, tokens, lengths, new):
     model = Llava(LlavaConfig(CONFIG))
     variables = {"params": {"llm": params}}
     logits, positions, cache = model.apply(variables, tokens, lengths, None, method="prefill")
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))), cache)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), cache)
     extend = jax.jit(lambda *arguments: model.apply(variables, *arguments, method="extend"))
     seen = [logits]
     for step in range(new - 1):

@@ -26,7 +26,7 @@ def test_trained_llama_in_meta_layout(parity, real):
     logits, position, cache = model.apply({"params": params}, tokens, lengths, None, method="prefill")
     # Logits of size 8 after five layers in float32, against float64.
     parity.forward("Llama of 260 K, BOS logits", "float64 golden", logits[0], expected["bos_step_logits"], 5e-5)
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, len(ids)), (0, 0), (0, 0))), cache)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, len(ids)), (0, 0))), cache)
     extend = jax.jit(lambda *arguments: model.apply({"params": params}, *arguments, method="extend"))
     written = [ids[0]]
     for step in range(len(ids) - 1):
