@@ -92,12 +92,16 @@ def fitted() -> Any:
     """The config set up for the topology, with what --config. flags say on top.
 
     Raises:
-        UserError: the machine cannot share its batch.
+        UserError: the machine cannot share its batch, or is not known and the config is one for GPUs.
     """
     from configs import hardware
 
     config, name = _CONFIG.value, _TOPOLOGY.value
     if name not in hardware.MACHINES:
+        if any(part.get("attention") == "cudnn" for part in config.model.values() if hasattr(part, "get")):
+            raise UserError(
+                f"configs/hardware.py has no machine {name}: give a config for a TPU, configs/stage3.py:v5e-8 say, and --config.mesh. flags."
+            )
         return config
     try:
         hardware.on(name if _SLICES.value == 1 else f"{name}x{_SLICES.value}", config)

@@ -1,5 +1,6 @@
 """The command around ahead-of-time compilation: what it refuses, how it says that a program is too large, and its search."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import stage3
+from configs import common, stage3
 from launch import compile as command
-from rad_jax import aot
+from rad_jax import aot, chips
 from rad_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ def run(*arguments):
         ((), "--topology is missing"),
         (("--topology=v5e-17",), "error: there is no v5e-17: v5e has slices of 1, 4, 8"),
         (("--topology=v5e-64", "--config.batch_size=96"), "error: 96 rows cannot be shared by 64 devices in 1 turns"),
+        (("--topology=v5e-4",), "error: configs/hardware.py has no machine v5e-4"),
         (("--topology=v5e-16", "--search_rows=one"), "--search_rows and --search_mesh take numbers"),
     ],
 )
@@ -102,11 +104,44 @@ def test_advice_names_what_can_still_be_done():
 
 
 @pytest.mark.slow
-def test_too_large_a_program_is_status_3():
+def test_search(monkeypatch, tmp_path, capsys):
+    """A small step on eight chips: half of the rows at once take less memory, and all of them less time."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    done = run(
-        *("--config=configs/stage3.py", "--topology=v5e-4", "--config.mesh.data=4", "--config.mesh.fsdp=1"),
-        *("--config.model.llm.attention=xla", "--config.num_micro=16"),
-    )
-    assert done.returncode == 3, done.stderr
-    assert "GiB too many" in done.stdout and "What helps: " in done.stdout and "--config.mesh.fsdp=4" in done.stdout
+    searching(monkeypatch, rows=["1", "2"])
+    for name, value in (("SLICES", 1), ("TEXT_TOKENS", None), ("JSON", tmp_path / "found.json")):
+        monkeypatch.setattr(command, f"_{name}", type("Flag", (), {"value": value}))
+    model = {
+        "vision": {"image_size": 98, "patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_dim": 256},
+        "llm": {
+            "vocab_size": 512,
+            "width": 256,
+            "depth": 2,
+            "heads": 2,
+            "kv_heads": 2,
+            "mlp_dim": 512,
+            "remat": "full",
+        },
+    }
+    data = {"template": "plain", "text_length": 65, "target_length": 32}
+    config = common.experiment("generative", model, ("params/projector/.*",), data, steps=10, batch_size=16)
+    config.mesh.fsdp = 8
+    assert command.search(chips.find("v5e-8"), config) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["setting"]["rows"], row["num_micro"]) for row in found] == [(1, 2), (2, 1)]
+    assert found[0]["peak_hbm_bytes"] < found[1]["peak_hbm_bytes"]
+    assert found[0]["predicted_step_s"] > found[1]["predicted_step_s"]
+    assert capsys.readouterr().out.count("* 1x8x1") == 2
+
+
+@pytest.mark.slow
+def test_too_large_a_program_is_status_3(monkeypatch, capsys):
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    for name, value in (("SLICES", 1), ("GENERATE_ROWS", None)):
+        monkeypatch.setattr(command, f"_{name}", type("Flag", (), {"value": value}))
+    llm = {"vocab_size": 512, "width": 1024, "depth": 16, "heads": 8, "kv_heads": 8, "mlp_dim": 4096}
+    data = {"template": "text", "text_length": 128, "target_length": 32}
+    config = common.experiment("generative", {"llm": llm}, ("params/llm/.*",), data, steps=10, batch_size=4096)
+    config.mesh.data = 8
+    assert command.single(chips.find("v5e-8"), config) == 3
+    text = capsys.readouterr().out
+    assert "GiB too many" in text and "remat=full" in text and "--config.mesh.fsdp=8" in text
