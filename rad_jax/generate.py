@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rad_jax.images import normalise
-from rad_jax.models.llama import Caches
+from rad_jax.models.llama import Cache
 from rad_jax.models.llava import Llava
 from rad_jax.state import Tree
 
@@ -54,7 +54,7 @@ def generate(
     return loop(model, variables, logits, lengths, cache, index < 0, keys)
 
 
-def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Caches]:
+def prefill(model: Llava, variables: Tree, batch: dict[str, Any], room: int) -> tuple[Array, Array, Cache]:
     """The prompts' next-token logits float32 [B, V], their lengths with the image int32 [B], and a cache with `room` for more tokens.
 
     Args: as in `generate`.
@@ -79,7 +79,7 @@ def decode(
     variables: Tree,
     logits: Array,
     lengths: Array,
-    cache: Caches,
+    cache: Cache,
     done: Array,
     keys: Array,
     *,
@@ -119,7 +119,7 @@ def decode(
     return jax.lax.while_loop(more, one, (jnp.zeros((), jnp.int32), logits, cache, done, out))[-1]
 
 
-def apart(model: Llava, variables: Tree, cache: Any) -> tuple[Llava, Tree, Caches]:
+def apart(model: Llava, variables: Tree, cache: Cache) -> tuple[Llava, Tree, Cache]:
     """The same model with layers, their variables and their caches apart: from a stack, XLA's CPU backend copies each of them in every step."""
     depth = range(model.config.llm.depth)
 
@@ -134,7 +134,7 @@ def apart(model: Llava, variables: Tree, cache: Any) -> tuple[Llava, Tree, Cache
     return Llava(config), {name: split(collection) for name, collection in variables.items()}, caches
 
 
-def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Caches) -> tuple[Array, Caches]:
+def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
     """One more token int32 [B] per row at its place int32 [B] in the row: the next logits float32 [B, V] and the updated cache."""
     return model.apply(variables, tokens, positions, cache, method="extend")
 

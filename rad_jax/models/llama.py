@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,8 @@ from rad_jax.models.attention import Impl, attend, attend_cached, attention_weig
 from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
 
 Array = jax.Array
-Cache = tuple[Array, Array]  # keys and values, [B, K, T, H] of one layer, [L, B, K, T, H] of all
-Caches = Cache | tuple[Cache, ...]  # of all layers, stacked or apart
+# Keys and values: of one layer [B, K, T, H] each, of all layers [L, B, K, T, H] each, or a pair per layer where they are not stacked.
+Cache = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Llama(nn.Module):
         """int32[B, T] -> [B, T, D]."""
         return self.embed(tokens)
 
-    def decode(self, x: Array, step: Step, cache: Caches | None = None) -> tuple[Array, Caches]:
+    def decode(self, x: Array, step: Step, cache: Cache | None = None) -> tuple[Array, Cache]:
         """Embeddings [B, S, D] through the layers and the final norm; with a cache S is 1.
 
         Returns:
@@ -219,7 +219,7 @@ class Llama(nn.Module):
         if c.stacked:
             x, cache = self.layers(x, cache, step)
             return self.norm(x), cache
-        caches = []
+        caches: list[Cache] = []
         for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
             x, new = layer(x, past, step)
             caches.append(new)

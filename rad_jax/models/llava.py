@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rad_jax.lora import LoraSpec
-from rad_jax.models.llama import Caches, Llama, LlamaConfig, Step
+from rad_jax.models.llama import Cache, Llama, LlamaConfig, Step
 from rad_jax.models.projector import Projector
 from rad_jax.models.vit import Vit, VitConfig
 from rad_jax.prompts import IMAGE_ID
@@ -88,7 +88,7 @@ class Llava(nn.Module):
         at = jnp.take_along_axis(places, target_positions, axis=1)
         return self.llm.logits(jnp.take_along_axis(x, at[:, :, None], axis=1))
 
-    def prefill(self, tokens: Array, lengths: Array, images: Array | None) -> tuple[Array, Array, Caches]:
+    def prefill(self, tokens: Array, lengths: Array, images: Array | None) -> tuple[Array, Array, Cache]:
         """A prompt's next-token logits float32 [B, V], its length in the row [B], and its keys and values [L, B, K, S, H]."""
         features = None if images is None else self.encode_image(images)
         x, lengths, _ = self.splice(tokens, lengths, features)
@@ -96,7 +96,7 @@ class Llava(nn.Module):
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return self.llm.logits(last[:, 0]), lengths, cache
 
-    def extend(self, tokens: Array, positions: Array, cache: Caches) -> tuple[Array, Caches]:
+    def extend(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """One more token [B] per row at its position [B]: logits float32 [B, V] and the updated cache."""
         x, cache = self.llm.decode(self.llm.embed_tokens(tokens[:, None]), Step(positions[:, None], None), cache)
         return self.llm.logits(x[:, 0]), cache

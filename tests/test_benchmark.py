@@ -1,0 +1,47 @@
+"""The benchmarks beside transformers: both sides compute the same, and a row says what it should."""
+
+import dataclasses
+
+import pytest
+
+from launch.benchmarks import llava, pairs
+from launch.benchmarks.pairs import Run
+
+VISION = dataclasses.replace(llava.VISION, image_size=28, width=24, depth=3, mlp_dim=48, unroll=2)
+LLM = dataclasses.replace(llava.LLM, vocab_size=96, width=32, depth=2, mlp_dim=48, unroll=2)
+
+
+def test_row_takes_medians_and_the_fastest_peer():
+    runs = {
+        "ours": [Run(1.0, 2.0, None), Run(2.0, 4.0, None), Run(9.0, 4.0, None)],
+        "slow": [Run(9.0, 9.0, None)] * 3,
+        "fast": [Run(3.0, 6.0, None), Run(4.0, 6.0, None), Run(4.5, 8.0, None)],
+    }
+    row = pairs.row("a step", runs, "nothing")
+    assert (row["peer"], row["ours_s"], row["peer_s"], row["ratio"]) == ("fast", 2.0, 4.0, 2.0)
+    assert (row["ours_cpu_s"], row["peer_cpu_s"], row["cpu_ratio"]) == (4.0, 6.0, 1.5)
+    assert row["ratio_quartiles"] == [0.5, 3.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+class TestSides:
+    """Every suite refuses to give times for sides that differ."""
+
+    @pytest.fixture
+    def problem(self, tmp_path, monkeypatch):
+        pytest.importorskip("transformers")
+        monkeypatch.delenv("XLA_FLAGS")  # with the tests' eight devices in it
+        problem = llava.Problem(tmp_path, VISION, LLM, batch=2, before=4, after=9, asked=5, new_tokens=6)
+        llava.make_weights(problem)
+        return problem
+
+    @pytest.mark.parametrize("suite", ["train_step", "projector_step"])
+    def test_same_losses(self, suite, problem):
+        (row,) = llava.steps(suite, problem, rounds=2, threads=1)
+        assert {"name", "ours_s", "peer_s", "ratio", "skipped"} <= row.keys()
+        assert row["loss_difference"] <= llava.LOSS_TOLERANCE
+
+    def test_same_tokens(self, problem):
+        rows = llava.decode(problem, rounds=2, threads=1, batches=(3,))
+        assert [row["name"] for row in rows] == ["decode, batch 3, 5 tokens", "prompt and first token, batch 3"]
