@@ -1,6 +1,5 @@
 """Dense, norms, embedding and the feed-forward block: parameters with logical axis names, and Dense's optional LoRA branch."""
 
-import functools
 import math
 from typing import Any
 
@@ -52,53 +51,13 @@ def fan_in_uniform(axes: int) -> Init:
     return init
 
 
-def dropout_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
-    """Entries that dropout (Srivastava et al. 2014) keeps, each with probability 1 - `rate`: 32 random bits decide, compared as they are."""
-    return jax.random.bits(key, shape, jnp.uint32) >= jnp.uint32(round(rate * 2**32))
+def dropped(x: Array, rate: float, key: Array) -> Array:
+    """Dropout (Srivastava et al. 2014): entries become 0 with probability `rate`, to 1/65536, and the others grow so that the mean stays.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def adapted(
-    rate: float, x: Array, kernel: Array, scales: Array | None, a: Array, b: Array, kept: Array | None
-) -> Array:
-    """x W + (dropout(x) A) B, for rows x [M, D], W [D, F], A [D, R], B [R, F]: [M, F] in x's dtype.
-
-    With `scales` [F], W's columns are multiplied by them; with `kept` [M, D], the adapter sees x / (1 - rate) there and 0 elsewhere.
-
-    Written out with its gradient for the sake of the order of sums: a thin product costs what writing its wide result costs, so that is
-    written in float32 as it arises, and added where the large product ends, while XLA would add it in another pass over both.
+    16 random bits per entry, for the masks of adapters are most of what there is to draw.
     """
-    return _adapted_forward(rate, x, kernel, scales, a, b, kept)[0]
-
-
-def _adapted_forward(rate: float, x: Array, kernel: Array, scales: Any, a: Array, b: Array, kept: Any) -> Any:
-    low = checkpoint_name(_product(_masked(x, kept, rate), a).astype(x.dtype), "adapter")
-    wide = _product(x, kernel) if scales is None else _product(x, kernel) * scales
-    y = wide + jax.lax.optimization_barrier(_product(low, b))
-    return y.astype(x.dtype), (x, kernel, scales, a, b, kept, low)
-
-
-def _adapted_backward(rate: float, saved: Any, dy: Array) -> Any:
-    x, kernel, scales, a, b, kept, low = saved
-    d_low = _product(dy, b.T).astype(x.dtype)
-    d_a, d_b = _product(_masked(x, kept, rate).T, d_low), _product(low.T, dy)
-    through = jax.lax.optimization_barrier(_masked(_product(d_low, a.T), kept, rate))
-    d_wide = dy if scales is None else (dy * scales).astype(x.dtype)
-    d_x = (_product(d_wide, kernel.T) + through).astype(x.dtype)
-    # Of a frozen kernel nobody asks for the gradient, and XLA leaves its product out.
-    d_kernel = _product(x.T, d_wide).astype(kernel.dtype)
-    return d_x, d_kernel, None, d_a.astype(a.dtype), d_b.astype(b.dtype), None
-
-
-adapted.defvjp(_adapted_forward, _adapted_backward)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.dot(x, y, preferred_element_type=jnp.float32)
-
-
-def _masked(x: Array, kept: Array | None, rate: float) -> Array:
-    return x if kept is None else jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def scanned(block: Any, depth: int, remat: str, unroll: int) -> Any:
@@ -147,27 +106,20 @@ class Dense(nn.Module):
         kernel_init = nn.initializers.zeros if self.int8 else self.kernel_init or fan_in_normal(self.in_axes)
         stored = jnp.int8 if self.int8 else jnp.float32
         kernel = self.param("kernel", _named(kernel_init, self.axes), inputs + self.features, stored)
-        kernel = self._matrix(kernel, self.axes, self.in_axes)
-        scales = None
+        y = self._contract(x, kernel, self.axes, self.in_axes)
         if self.int8:
             ones = _named(nn.initializers.ones, self.axes[self.in_axes :])
-            scales = self.variable("scales", "kernel", ones, None, self.features, jnp.float32).value.reshape(-1)
-        # As one two-dimensional product: the gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
-        rows = x.reshape(-1, kernel.shape[0])
-        if self.lora is not None:
-            y = adapted(self.lora.dropout, rows, kernel, scales, *self._adapter(rows, inputs, self.lora))
-        else:
-            y = rows @ kernel if scales is None else (_product(rows, kernel) * scales).astype(self.dtype)
-        y = y.reshape(x.shape[: x.ndim - self.in_axes] + self.features)
+            scale = self.variable("scales", "kernel", ones, None, self.features, jnp.float32).value
+            y = (y * scale).astype(self.dtype)
         if self.use_bias:
             bias_axes = self.axes[self.in_axes :]
             bias = self.param("bias", _named(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
+        if self.lora is not None:
+            y = y + self._adapter(x, inputs, self.lora)
         return y
 
-    def _adapter(self, rows: Array, inputs: tuple[int, ...], spec: LoraSpec) -> tuple[Array, Array, Array | None]:
-        """A [D, R], B [R, F] times alpha / R, and the dropout mask [M, D]."""
-
+    def _adapter(self, x: Array, inputs: tuple[int, ...], spec: LoraSpec) -> Array:
         def created(init: Init, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
             return _named(init, axes)(self.make_rng("params"), shape, jnp.float32)
 
@@ -175,20 +127,21 @@ class Dense(nn.Module):
         b_axes = ("rank", *self.axes[self.in_axes :])
         a = self.variable("lora", "a", created, fan_in_uniform(self.in_axes), (*inputs, spec.rank), a_axes).value
         b = self.variable("lora", "b", created, nn.initializers.zeros, (spec.rank, *self.features), b_axes).value
-        kept = None
         if spec.dropout and self.has_rng("dropout"):
-            kept = dropout_mask(self.make_rng("dropout"), rows.shape, spec.dropout)
-        return self._matrix(a, a_axes, self.in_axes), self._matrix(b * spec.scale, b_axes, 1), kept
+            x = dropped(x, spec.dropout, self.make_rng("dropout"))
+        low = checkpoint_name(self._contract(x, a, a_axes, self.in_axes), "adapter")
+        return self._contract(low, b, b_axes, 1) * spec.scale
 
-    def _matrix(self, kernel: Array, names: tuple[str, ...], inputs: int) -> Array:
-        """A kernel as a matrix in the dtype computed in, its `inputs` first axes as one and its others as one.
-
-        Its shards are brought together here, in the smaller of the stored dtype and that one: left to itself, XLA cuts the product into a
-        loop over shards.
-        """
+    def _contract(self, x: Array, kernel: Array, names: tuple[str, ...], axes: int) -> Array:
+        # Shards of the kernel are brought together here and whole, in the smaller of the stored type and the one computed in. Left to
+        # itself XLA cuts the product into a loop over shards.
         kernel = kernel if kernel.dtype == jnp.int8 else kernel.astype(self.dtype)
         kernel = nn.with_logical_constraint(kernel, tuple(None if name == "embed" else name for name in names))
-        return kernel.reshape(math.prod(kernel.shape[:inputs]), -1).astype(self.dtype)
+        kernel = kernel.astype(self.dtype)
+        # As one two-dimensional product: the gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
+        batch, inputs, outputs = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
+        rows = x.reshape(-1, math.prod(inputs))
+        return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(batch + outputs)
 
 
 class LayerNorm(nn.Module):
@@ -232,9 +185,7 @@ class Embed(nn.Module):
     def __call__(self, ids: Array) -> Array:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", _named(init, self.axes), (self.rows, self.width), jnp.float32)
-        # Whole rows are looked up: XLA would otherwise take words cut along D, and turn them over to the batch by way of full copies.
-        table = nn.with_logical_constraint(table.astype(self.dtype), (self.axes[0], "act_embed"))
-        return jnp.take(table, ids, axis=0)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 
 class Mlp(nn.Module):
