@@ -30,11 +30,13 @@ _OVERHEAD = 2**20
 OPERATIONAL = (
     "rad_jax",
     "config.mesh",
+    "config.compiler_options",
     "config.num_micro",
     "config.log_every",
     "config.checkpoint_every",
     "config.keep_checkpoints",
     "config.data.num_threads",
+    *(f"config.model.{part}.{how}" for part in ("vision", "text", "llm") for how in ("attention", "remat", "rope")),
 )
 
 

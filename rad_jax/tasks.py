@@ -123,7 +123,8 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
         UserError: the run and its bases do not give every variable, or are no whole model.
     """
     config = ml_collections.ConfigDict(run.config)
-    config.frozen_dtype = "float32"  # what the run's weights were rounded to in training does not matter here
+    # What its weights were rounded to in training and how masks were drawn does not matter here, and a base says neither.
+    config.update({"frozen_dtype": "float32", "dropout_bits": "threefry2x32"})
     if config.task == "tower":
         raise UserError(f"{run.path} is an image tower alone: name it in --base of a training, with what it lacks.")
     for part in {"vision", "text", "llm"} & set(config.model):
