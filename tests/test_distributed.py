@@ -194,7 +194,10 @@ def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
     assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
     assert len(rows) > 8
     assert (two / "retrieval.json").read_text() == (one / "retrieval.json").read_text()
-    assert (two / "grounding/grounding.json").read_text() == (one / "grounding/grounding.json").read_text()
+    found, wanted = (json.loads((out / "grounding/grounding.json").read_text()) for out in (two, one))
+    assert found.pop("shuffled") == pytest.approx(wanted.pop("shuffled"))
+    assert found.pop("words") == wanted.pop("words")
+    assert found == pytest.approx(wanted, rel=1e-5)  # means over maps, float32
     maps, expected = (np.load(out / "grounding/maps.npz") for out in (two, one))
     assert maps.files == expected.files
     for name in maps.files:

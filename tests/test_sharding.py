@@ -1,9 +1,6 @@
 """The same training on one device and on eight fake ones, and where the arrays are meanwhile."""
 
-import contextlib
 import functools
-import os
-import tempfile
 
 import flax.linen as nn
 import jax
@@ -33,7 +30,7 @@ CASES.append(pytest.param("lm", MIXED, marks=pytest.mark.slow))  # word embeddin
 
 @pytest.fixture(scope="module")
 def trained(training):
-    """(stage, mesh) -> losses and gradient norms of three steps, the state after them, the compiled step, and the compiler's warnings."""
+    """(stage, mesh) -> losses and gradient norms of three steps, the state after them, the compiled step."""
 
     @functools.cache
     def go(stage, axes):
@@ -50,29 +47,13 @@ def trained(training):
             # Compiling takes far longer than running, so it may do without polishing the code.
             options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
             step = jax.jit(train.make_step(task, optimizer, 1), out_shardings=(where, None), compiler_options=options)
-            with tempfile.TemporaryFile("w+") as file:
-                with stderr_into(file):
-                    compiled = step.lower(state, frozen, batches[0]).compile()
-                file.seek(0)
-                warnings = file.read()
+            compiled = step.lower(state, frozen, batches[0]).compile()
             for batch in batches:
                 state, row = compiled(state, frozen, batch)
                 numbers.append([float(row["loss"]), float(row["grad_norm"])])
-        return np.array(numbers), state, compiled, warnings
+        return np.array(numbers), state, compiled
 
     return lambda stage, **axes: go(stage, tuple(axes.items()))
-
-
-@contextlib.contextmanager
-def stderr_into(file):
-    """What XLA writes; it knows nothing of sys.stderr."""
-    kept = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @pytest.mark.parametrize(("stage", "axes"), CASES, ids=str)
@@ -95,15 +76,9 @@ def test_eight_devices_learn_what_one_learns(trained, stage, axes):
         assert difference.mean() < 2e-5 and difference.max() < 3e-3, path
 
 
-def test_no_array_is_copied_whole_for_want_of_a_better_way(trained):
-    """XLA says so when it finds no way from one sharding to the next but through the whole array on every device."""
-    *_, warnings = trained("stage3", **MIXED)
-    assert "Involuntary full rematerialization" not in warnings
-
-
 def test_step_shards_what_the_rules_say(trained):
     """Not only the first state: what the compiled step takes and gives, moments included, lies where the rules put it."""
-    _, state, compiled, _ = trained("stage3", **MIXED)
+    _, state, compiled = trained("stage3", **MIXED)
     expected = {
         ("lora", "llm", "layers", "attn", "q", "a"): (None, "fsdp", None),
         ("lora", "llm", "layers", "attn", "q", "b"): (None, None, "tensor", None),
