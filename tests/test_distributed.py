@@ -219,7 +219,8 @@ def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_pat
     # Either a collective fails, and we say it, or it hangs until JAX misses the process, says so and aborts.
     assert survivor.status in (distributed.RESTART, -signal.SIGABRT), survivor.text
     assert re.search(r"another (process of this job has ended: see|task died; see)", survivor.text), survivor.text
-    assert "Traceback" not in survivor.text
+    # Orbax's thread may have been writing, and says in its own way that its barrier timed out; none of our frames is shown.
+    assert not re.search(r'File ".*/(rad_jax|launch)/', survivor.text), survivor.text
 
     text = jobs.run(2, 4, "train", *arguments)[0]
     assert re.search("resumed at step [24]", text)  # the save at step 4 may not have been whole yet
