@@ -37,6 +37,8 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
         [B, S, N, H] in q's dtype; the softmax is taken in float32. Queries at and after a row's length are padding, and what they get is
         unspecified when `causal`.
     """
+    if not impl.startswith("splash"):
+        q, k, v = named(q, k, v)
     if impl == "xla":
         return _in_blocks(q, k, v, lengths, causal)
     if impl == "cudnn":
@@ -54,6 +56,11 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
     return jax.shard_map(kernel, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, check_vma=False)(
         q, k, v, lengths
     )
+
+
+def named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values under the names that remat policies know (layers.REMAT_POLICIES)."""
+    return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
 
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, interpret: bool) -> Array:
@@ -86,8 +93,14 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, inter
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
     q = (q * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
-    y = jax.vmap(attention)(heads_first(q, queries), heads_first(k, keys), heads_first(v, keys), segments)
+    # Kept as the kernels take them, so that the backward pass need not pad them again.
+    y = jax.vmap(attention)(*named(heads_first(q, queries), heads_first(k, keys), heads_first(v, keys)), segments)
     return y.swapaxes(1, 2)[:, : q.shape[1]]
+
+
+def whole_blocks(length: int, impl: Impl) -> int:
+    """The length that an implementation pads a row to."""
+    return _blocks(length)[0] if impl.startswith("splash") else length
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -180,7 +193,7 @@ class EncoderAttention(nn.Module):
 
         def heads(name: str) -> Array:
             y = Dense(shape, ("embed", "heads", "head_dim"), dtype=self.dtype, name=name)(x)
-            return checkpoint_name(nn.with_logical_constraint(y, ("batch", "length", "act_heads", None)), name)
+            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
         y = attend(heads("q"), heads("k"), heads("v"), lengths, causal=False, impl=self.impl)
         return Dense((width,), ("heads", "head_dim", "embed"), in_axes=2, dtype=self.dtype, name="o")(y)

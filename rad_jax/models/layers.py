@@ -1,6 +1,7 @@
 """Dense, norms, embedding and the feed-forward block: parameters with logical axis names, and Dense's optional LoRA branch."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,13 +52,19 @@ def fan_in_uniform(axes: int) -> Init:
     return init
 
 
-def dropped(x: Array, rate: float, key: Array) -> Array:
-    """Dropout (Srivastava et al. 2014): entries become 0 with probability `rate`, to 1/65536, and the others grow so that the mean stays.
+def dropped(x: Array, rate: float, key: Array) -> tuple[Array, float]:
+    """Dropout (Srivastava et al. 2014) of x [B, S, *in]: entries become 0 with probability `rate`, to 1/256.
 
-    16 random bits per entry, for the masks of adapters are most of what there is to draw.
+    8 random bits per entry, for the masks of adapters are most of what there is to draw. Entries a quarter of the rows apart share a 32-bit
+    word, so that no word has to be taken apart across the lanes of a vector register.
+
+    Returns:
+        x with its zeros, and the factor that keeps the mean, for what x is multiplied to: that is narrower.
     """
-    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    threshold = round(rate * 256)
+    words = jax.random.bits(key, (x.shape[0], -(-x.shape[1] // 4), *x.shape[2:]), jnp.uint32)
+    kept = jnp.concatenate([words << (24 - bits) >= threshold << 24 for bits in (0, 8, 16, 24)], axis=1)
+    return jnp.where(kept[:, : x.shape[1]], x, 0), 1 / (1 - threshold / 256)
 
 
 def scanned(block: Any, depth: int, remat: str, unroll: int) -> Any:
@@ -87,7 +94,7 @@ class Dense(nn.Module):
 
     y[..., *out] = x[..., *in] kernel[*in, *out] + bias[*out]; with `lora` also (alpha / R) (dropout(x) A[*in, R]) B[R, *out]. LoRA
     dropout is active when a `dropout` rng is given. With `int8` the kernel is frozen, in whole numbers, to be multiplied by a scale per output
-    from the collection `scales` (`rad_jax.quantise`).
+    from the collection `scales` (`rad_jax.quantise`). Several maps of one input are best computed `together`.
     """
 
     features: tuple[int, ...]
@@ -99,14 +106,17 @@ class Dense(nn.Module):
     kernel_init: Init = None
     int8: bool = False
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
+        return together([self], x, dropout_key(self))[0]
+
+    @nn.compact
+    def base(self, x: Array) -> tuple[Array, Array | None, Array | None]:
+        """What the map gives without its adapter, and the adapter's A [*in, R] and B [R, *out], None where it has none."""
         inputs = x.shape[x.ndim - self.in_axes :]
-        x = x.astype(self.dtype)
         kernel_init = nn.initializers.zeros if self.int8 else self.kernel_init or fan_in_normal(self.in_axes)
         stored = jnp.int8 if self.int8 else jnp.float32
         kernel = self.param("kernel", _named(kernel_init, self.axes), inputs + self.features, stored)
-        y = self._contract(x, kernel, self.axes, self.in_axes)
+        y = contract(x, kernel, self.axes, self.in_axes, self.dtype)
         if self.int8:
             ones = _named(nn.initializers.ones, self.axes[self.in_axes :])
             scale = self.variable("scales", "kernel", ones, None, self.features, jnp.float32).value
@@ -115,33 +125,78 @@ class Dense(nn.Module):
             bias_axes = self.axes[self.in_axes :]
             bias = self.param("bias", _named(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
-        if self.lora is not None:
-            y = y + self._adapter(x, inputs, self.lora)
-        return y
+        return y, *(self._adapter(inputs, self.lora) if self.lora else (None, None))
 
-    def _adapter(self, x: Array, inputs: tuple[int, ...], spec: LoraSpec) -> Array:
+    def _adapter(self, inputs: tuple[int, ...], spec: LoraSpec) -> tuple[Array, Array]:
         def created(init: Init, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
             return _named(init, axes)(self.make_rng("params"), shape, jnp.float32)
 
-        a_axes = (*self.axes[: self.in_axes], "rank")
-        b_axes = ("rank", *self.axes[self.in_axes :])
+        a_axes, b_axes = self.adapter_axes
         a = self.variable("lora", "a", created, fan_in_uniform(self.in_axes), (*inputs, spec.rank), a_axes).value
         b = self.variable("lora", "b", created, nn.initializers.zeros, (spec.rank, *self.features), b_axes).value
-        if spec.dropout and self.has_rng("dropout"):
-            x = dropped(x, spec.dropout, self.make_rng("dropout"))
-        low = checkpoint_name(self._contract(x, a, a_axes, self.in_axes), "adapter")
-        return self._contract(low, b, b_axes, 1) * spec.scale
+        return a, b
 
-    def _contract(self, x: Array, kernel: Array, names: tuple[str, ...], axes: int) -> Array:
-        # Shards of the kernel are brought together here and whole, in the smaller of the stored type and the one computed in. Left to
-        # itself XLA cuts the product into a loop over shards.
-        kernel = kernel if kernel.dtype == jnp.int8 else kernel.astype(self.dtype)
-        kernel = nn.with_logical_constraint(kernel, tuple(None if name == "embed" else name for name in names))
-        kernel = kernel.astype(self.dtype)
-        # As one two-dimensional product: the gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
-        batch, inputs, outputs = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
-        rows = x.reshape(-1, math.prod(inputs))
-        return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(batch + outputs)
+    @property
+    def adapter_axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Logical axes of the adapter's A and B."""
+        return (*self.axes[: self.in_axes], "rank"), ("rank", *self.axes[self.in_axes :])
+
+
+def dropout_key(module: nn.Module) -> Array | None:
+    """A key of this module's for dropout; None where none is given, as when nothing is learned."""
+    return module.make_rng("dropout") if module.has_rng("dropout") else None
+
+
+def together(maps: Sequence[Dense], x: Array, key: Array | None) -> list[Array]:
+    """Linear maps of one input [B, S, *in]; `key` draws the mask of LoRA dropout, None for none.
+
+    Their adapters share the mask (peft draws one each), and their matrices A are one product: each alone is narrower than the multipliers of a TPU
+    and, with a rank of 64, takes as long to read the input as to multiply it.
+    """
+    x = x.astype(maps[0].dtype)
+    found = [layer.base(x) for layer in maps]
+    adapted = [i for i, (_, a, _) in enumerate(found) if a is not None]
+    outputs = [y for y, _, _ in found]
+    if not adapted:
+        return outputs
+    first = maps[adapted[0]]
+    assert first.lora is not None
+    scale = first.lora.scale
+    if key is not None and first.lora.dropout:
+        x, growth = dropped(x, first.lora.dropout, key)
+        scale *= growth
+    # Gathered each by itself, then laid side by side.
+    left = jnp.concatenate([whole(found[i][1], first.adapter_axes[0], first.dtype) for i in adapted], axis=-1)
+    low = checkpoint_name(jnp.tensordot(x, left, first.in_axes), "adapter") * scale
+    for place, i in enumerate(adapted):
+        part = low[..., place * first.lora.rank : (place + 1) * first.lora.rank]
+        outputs[i] = outputs[i] + jnp.tensordot(part, whole(found[i][2], maps[i].adapter_axes[1], first.dtype), 1)
+    return outputs
+
+
+def contract(x: Array, kernel: Array, names: tuple[str, ...], axes: int, dtype: Any) -> Array:
+    """x [..., *in] times a sharded kernel [*in, *out] with logical axes `names`, of which the first `axes` are contracted."""
+    return product(x, whole(kernel, names, dtype), axes)
+
+
+def whole(kernel: Array, names: tuple[str, ...], dtype: Any) -> Array:
+    """A kernel's shards brought together along the axes that share out weights, in the smaller of the stored type and the one computed in.
+
+    Left to itself XLA cuts the product into a loop over shards.
+    """
+    kernel = kernel if kernel.dtype == jnp.int8 else kernel.astype(dtype)
+    kernel = nn.with_logical_constraint(kernel, tuple(None if name in ("embed", "rank") else name for name in names))
+    return kernel.astype(dtype)
+
+
+def product(x: Array, kernel: Array, axes: int) -> Array:
+    """x [..., *in] times kernel [*in, *out], as one two-dimensional product.
+
+    The gradient of a many-axis dot makes XLA's CPU backend copy transposed operands (2.5x slower).
+    """
+    batch, inputs, outputs = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
+    rows = x.reshape(-1, math.prod(inputs))
+    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(batch + outputs)
 
 
 class LayerNorm(nn.Module):

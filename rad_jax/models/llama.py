@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rad_jax.lora import LoraSpec
-from rad_jax.models.attention import Impl, attend, attend_cached, attention_weights
-from rad_jax.models.layers import Dense, Embed, RMSNorm, scanned
+from rad_jax.models.attention import Impl, attend, attend_cached, attention_weights, whole_blocks
+from rad_jax.models.layers import Dense, Embed, RMSNorm, dropout_key, scanned, together
 
 Array = jax.Array
 # Keys and values: of one layer [B, K, T, H] each, of all layers [L, B, K, T, H] each, or a pair per layer where they are not stacked.
@@ -80,6 +80,12 @@ class Step:
     cos: Array | None = None
     sin: Array | None = None
 
+    def padded(self, more: int) -> "Step":
+        """With angles, of no matter what, for so many tokens more."""
+        assert self.cos is not None and self.sin is not None
+        cos, sin = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (self.cos, self.sin))
+        return dataclasses.replace(self, cos=cos, sin=sin)
+
 
 def angles(positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Array, Array]:
     """Cosines and sines of rotary positions int32 [B, S]: float32 [B, S, 1, H] each, H = `head_dim`, its second half like its first.
@@ -135,16 +141,26 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache | None, step: Step) -> tuple[Array, Cache]:
-        c = self.config
-
-        def heads(name: str, count: int, axis: str) -> Array:
-            y = _dense(c, self.lora, name, (count, c.head_dim), ("embed", axis, "head_dim"))(x)
-            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
-
+        c, length = self.config, x.shape[1]
+        if cache is None:
+            # Here, where the norm before it takes the padding in; queries, keys and values would each have to be copied to get it.
+            padding = whole_blocks(length, c.attention) - length
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+            step = step.padded(padding)
         assert step.cos is not None and step.sin is not None
-        q = checkpoint_name(rope(heads("q", c.heads, "heads"), step.cos, step.sin, c.rope), "q")
-        k = checkpoint_name(rope(heads("k", c.kv_heads, "kv_heads"), step.cos, step.sin, c.rope), "k")
-        v = checkpoint_name(heads("v", c.kv_heads, "kv_heads"), "v")
+        projections = [
+            _dense(c, self.lora, name, (count, c.head_dim), ("embed", axis, "head_dim"))
+            for name, count, axis in (
+                ("q", c.heads, "heads"),
+                ("k", c.kv_heads, "kv_heads"),
+                ("v", c.kv_heads, "kv_heads"),
+            )
+        ]
+        q, k, v = (
+            nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+            for y in together(projections, x, dropout_key(self))
+        )
+        q, k = rope(q, step.cos, step.sin, c.rope), rope(k, step.cos, step.sin, c.rope)
         if cache is None:
             keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
             y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)
@@ -155,7 +171,7 @@ class SelfAttention(nn.Module):
             keys, values = cache[0].at[rows, :, here].set(k[:, 0]), cache[1].at[rows, :, here].set(v[:, 0])
             y = attend_cached(q, keys, values, here + 1)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
-        return y, (keys, values)
+        return y[:, :length], (keys, values)
 
 
 class SwiGlu(nn.Module):
@@ -167,8 +183,9 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gate = checkpoint_name(_dense(c, self.lora, "gate", (c.mlp_dim,), ("embed", "mlp"))(x), "gate")
-        up = checkpoint_name(_dense(c, self.lora, "up", (c.mlp_dim,), ("embed", "mlp"))(x), "up")
+        projections = [_dense(c, self.lora, name, (c.mlp_dim,), ("embed", "mlp")) for name in ("gate", "up")]
+        gate, up = together(projections, x, dropout_key(self))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         y = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "act_mlp"))
         return _dense(c, self.lora, "down", (c.width,), ("mlp", "embed"))(y)
 
