@@ -47,7 +47,7 @@ class Machine:
     """Devices along each axis of the mesh, and what they run.
 
     Attributes:
-        attention, rope: implementations (models.attention, models.llama).
+        attention, rope, flat_adapters: implementations (models.attention, models.llama, models.layers).
         rows: of a batch per device at once, in stages 2 and 3.
         remat: of the language model, what its backward pass keeps (models.layers).
         dropout_bits: what draws dropout masks (tasks.Generative).
@@ -60,13 +60,14 @@ class Machine:
     rows: int
     attention: str = "xla"
     rope: str = "halves"
+    flat_adapters: bool = True
     remat: str = "full"
     dropout_bits: str = "threefry2x32"
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _tpu(fsdp: int, rows: int, options: Mapping[str, str], remat: str = "minimal") -> Machine:
-    return Machine(1, fsdp, 1, rows, "splash", "matmul", remat, "rbg", options)
+    return Machine(1, fsdp, 1, rows, "splash", "matmul", False, remat, "rbg", options)
 
 
 MACHINES = {
@@ -131,5 +132,5 @@ def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.Config
         if part in config.model:
             config.model[part]["attention"] = found.attention
     if "llm" in config.model:
-        config.model.llm.update(rope=found.rope, remat=found.remat)
+        config.model.llm.update(rope=found.rope, flat_adapters=found.flat_adapters, remat=found.remat)
     return config

@@ -36,7 +36,11 @@ OPERATIONAL = (
     "config.checkpoint_every",
     "config.keep_checkpoints",
     "config.data.num_threads",
-    *(f"config.model.{part}.{how}" for part in ("vision", "text", "llm") for how in ("attention", "remat", "rope")),
+    *(
+        f"config.model.{part}.{how}"
+        for part in ("vision", "text", "llm")
+        for how in ("attention", "remat", "rope", "flat_adapters")
+    ),
 )
 
 

@@ -175,6 +175,8 @@ def decoder_matrices(c: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 def decoder(config: LlavaConfig, trainable: Sequence[str], lengths: Lengths, backward: bool) -> dict[str, Count]:
     """The language model with its adapters and its head, for one row; `backward` is whether a gradient goes through it."""
+    from rad_jax.models.attention import whole_blocks
+
     c, rank = config.llm, config.lora.rank if config.lora else 0
     real, padded = lengths.text + config.image_tokens, lengths.padded_text + config.image_tokens
     own, tuned = (learns(trainable, f"{name}/llm/layers/") for name in ("params", "lora"))
@@ -182,11 +184,12 @@ def decoder(config: LlavaConfig, trainable: Sequence[str], lengths: Lengths, bac
     base = adapters = Count()
     for name, (inputs, outputs) in decoder_matrices(c).items():
         again = float(name in repeated)
-        base += linear(inputs * outputs, real, padded, passes=backward, learns=own, again=again)
+        rows = whole_blocks(padded, c.attention) if name in ("q", "k", "v", "o") else padded
+        base += linear(inputs * outputs, real, rows, passes=backward, learns=own, again=again)
         if config.lora is not None and name in config.lora.targets:
             shares = float("a" in repeated), again * ("b" in repeated)
             for weights, share in zip((inputs * rank, rank * outputs), shares, strict=True):
-                adapters += linear(weights, real, padded, passes=backward, learns=tuned, again=share)
+                adapters += linear(weights, real, rows, passes=backward, learns=tuned, again=share)
     share = _again(c.remat, c.attention) if backward else 0.0
     channels = c.heads * c.head_dim
     scores = attention(channels, real, padded, causal=True, passes=backward, impl=c.attention, again=share)

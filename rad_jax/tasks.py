@@ -69,7 +69,7 @@ def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -
 
 
 # What may differ between the model that weights were made with and the one that goes on with them: it does not change a number's meaning.
-_FREE = {"dtype", "remat", "unroll", "attention", "rope", "feature_layer", "max_positions", "dropout"}
+_FREE = {"dtype", "remat", "unroll", "attention", "rope", "flat_adapters", "feature_layer", "max_positions", "dropout"}
 
 
 def adopt(config: Any, bases: Sequence[Run]) -> None:

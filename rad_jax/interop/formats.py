@@ -360,7 +360,7 @@ def _expect(path: Path, config: Mapping[str, Any], key: str, *values: Any) -> No
 
 def _fields(config: Any) -> dict[str, Any]:
     """A model's config as JSON, without what only says how it is computed."""
-    operational = ("dtype", "remat", "unroll", "attention", "rope", "int8", "stacked")
+    operational = ("dtype", "remat", "unroll", "attention", "rope", "flat_adapters", "int8", "stacked")
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in operational}
 
 

@@ -94,7 +94,8 @@ class Dense(nn.Module):
 
     y[..., *out] = x[..., *in] kernel[*in, *out] + bias[*out]; with `lora` also (alpha / R) (dropout(x) A[*in, R]) B[R, *out]. LoRA
     dropout is active when a `dropout` rng is given. With `int8` the kernel is frozen, in whole numbers, to be multiplied by a scale per output
-    from the collection `scales` (`rad_jax.quantise`). Several maps of one input are best computed `together`.
+    from the collection `scales` (`rad_jax.quantise`). `flat_adapter` is whether the adapter's products are two-dimensional (`product`); where
+    they are not, a TPU need not copy heads into another order. Several maps of one input are best computed `together`.
     """
 
     features: tuple[int, ...]
@@ -105,6 +106,7 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Init = None
     int8: bool = False
+    flat_adapter: bool = True
 
     def __call__(self, x: Array) -> Array:
         return together([self], x, dropout_key(self))[0]
@@ -161,16 +163,16 @@ def together(maps: Sequence[Dense], x: Array, key: Array | None) -> list[Array]:
         return outputs
     first = maps[adapted[0]]
     assert first.lora is not None
-    scale = first.lora.scale
+    scale, multiply = first.lora.scale, product if first.flat_adapter else jnp.tensordot
     if key is not None and first.lora.dropout:
         x, growth = dropped(x, first.lora.dropout, key)
         scale *= growth
     # Gathered each by itself, then laid side by side.
     left = jnp.concatenate([whole(found[i][1], first.adapter_axes[0], first.dtype) for i in adapted], axis=-1)
-    low = checkpoint_name(jnp.tensordot(x, left, first.in_axes), "adapter") * scale
+    low = checkpoint_name(multiply(x, left, first.in_axes), "adapter") * scale
     for place, i in enumerate(adapted):
         part = low[..., place * first.lora.rank : (place + 1) * first.lora.rank]
-        outputs[i] = outputs[i] + jnp.tensordot(part, whole(found[i][2], maps[i].adapter_axes[1], first.dtype), 1)
+        outputs[i] = outputs[i] + multiply(part, whole(found[i][2], maps[i].adapter_axes[1], first.dtype), 1)
     return outputs
 
 

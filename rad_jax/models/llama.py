@@ -61,6 +61,7 @@ class LlamaConfig:
     stacked: bool = True
     attention: Impl = "xla"
     rope: Literal["halves", "matmul"] = "halves"
+    flat_adapters: bool = True
     int8: bool = False
 
     @property
@@ -262,9 +263,8 @@ def _dense(
     in_axes: int = 1,
 ) -> Dense:
     spec = lora if lora is not None and name in lora.targets else None
-    return Dense(
-        features, axes, in_axes, use_bias=False, lora=spec, dtype=jnp.dtype(config.dtype), int8=config.int8, name=name
-    )
+    how = {"dtype": jnp.dtype(config.dtype), "int8": config.int8, "flat_adapter": config.flat_adapters}
+    return Dense(features, axes, in_axes, use_bias=False, lora=spec, name=name, **how)
 
 
 jax.tree_util.register_dataclass(Step, data_fields=["positions", "lengths", "cos", "sin"], meta_fields=[])
