@@ -63,7 +63,8 @@ def dropped(x: Array, rate: float, key: Array) -> tuple[Array, float]:
     """
     threshold = round(rate * 256)
     words = jax.random.bits(key, (x.shape[0], -(-x.shape[1] // 4), *x.shape[2:]), jnp.uint32)
-    kept = jnp.concatenate([words << (24 - bits) >= threshold << 24 for bits in (0, 8, 16, 24)], axis=1)
+    least = jnp.uint32(threshold << 24)
+    kept = jnp.concatenate([words << (24 - bits) >= least for bits in (0, 8, 16, 24)], axis=1)
     return jnp.where(kept[:, : x.shape[1]], x, 0), 1 / (1 - threshold / 256)
 
 

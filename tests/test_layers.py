@@ -1,0 +1,79 @@
+"""What parity with peft cannot show of adapters: it has no dropout, and one adapter at a time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rad_jax.lora import LoraSpec
+from rad_jax.models.layers import Dense, dropped, together
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 256), (2, 37, 8, 64)])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_rate_and_mean(shape, rate):
+    """As many zeros as were asked for, to 1/256 of rate and five standard deviations of chance; entries that share a word are independent."""
+    zeros, growth = dropped(jnp.ones(shape, jnp.bfloat16), rate, jax.random.key(3))
+    assert zeros.shape == shape and zeros.dtype == jnp.bfloat16
+    zero = np.asarray(zeros, np.float32) == 0
+    asked, chance = round(rate * 256) / 256, np.sqrt(rate * (1 - rate) / zero.size)
+    assert abs(asked - rate) <= 1 / 512
+    assert abs(zero.mean() - asked) < 5 * chance
+    assert growth == pytest.approx(1 / (1 - asked))
+    quarter = -(-shape[1] // 4)
+    first, second = zero[:, : shape[1] - quarter], zero[:, quarter:]
+    both = np.sqrt(asked**2 / first.size)
+    assert abs((first & second).mean() - asked**2) < 5 * both
+
+
+def test_no_dropout_at_rate_zero():
+    zeros, growth = dropped(jnp.ones((1, 5, 3)), 0.0, jax.random.key(0))
+    assert growth == 1 and bool((zeros == 1).all())
+
+
+class Two(nn.Module):
+    """An adapted and a plain map of one input, together or one after the other."""
+
+    joined: bool
+    flat: bool = True
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, key=None):
+        spec = LoraSpec(4, 8.0, self.dropout)
+        maps = [
+            Dense((3, 5), ("embed", "heads", "head_dim"), lora=spec, flat_adapter=self.flat, name="a"),
+            Dense((7,), ("embed", "mlp"), name="b"),
+            Dense((6,), ("embed", "mlp"), lora=spec, flat_adapter=self.flat, name="c"),
+        ]
+        return together(maps, x, key) if self.joined else [layer(x) for layer in maps]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_together_is_each_alone(flat):
+    """Float32 products in another order: 1e-6 of values near 1."""
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    variables = Two(False).init(jax.random.key(1), x)
+    drawn = jax.random.normal(jax.random.key(2), (1000,))
+    variables = jax.tree.map(lambda leaf: jnp.resize(drawn, leaf.shape) / 8, variables)  # B is zero at first
+    joined, alone = (Two(j, flat).apply(variables, x) for j in (True, False))
+    for one, other in zip(joined, alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_shared_mask_reaches_every_adapter():
+    """With all of the input dropped that a mask drops, what is left of each adapter is that of the masked input, grown."""
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    variables = Two(False).init(jax.random.key(1), x)
+    variables = jax.tree.map(lambda leaf: jnp.ones_like(leaf) / 8, variables)
+    key = jax.random.key(5)
+    plain = {"params": variables["params"], "lora": jax.tree.map(jnp.zeros_like, variables["lora"])}
+    masked, growth = dropped(x, 0.5, key)
+    found = Two(True, dropout=0.5).apply(variables, x, key)
+    base = Two(True).apply(plain, x)
+    low = (masked.sum(-1) / 8 * growth)[..., None]
+    for i, rank in ((0, 4), (2, 4)):
+        adapter = low * rank / 8 * 2
+        wanted = np.asarray(base[i]) + np.broadcast_to(adapter[..., None] if i == 0 else adapter, base[i].shape)
+        np.testing.assert_allclose(found[i], wanted, rtol=0, atol=1e-5)
