@@ -66,7 +66,7 @@ def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[rep
         "studies": corpora.studies_of(corpus, records),
         "parse": parse,
         "baselines": corpora.baseline_reports(corpus, records) if with_baselines else {},
-        "access": "public" if corpus.meta["dataset"] in corpora.ANNOTATED else "private",
+        "access": corpus.access,
     }
 
 

@@ -13,8 +13,8 @@ from rad_jax.chat.limits import Limits
 from rad_jax.errors import UserError
 
 
-def define_flags(max_tokens: int) -> None:
-    """The flags, with a limit of answers that suits the command."""
+def define_flags(max_tokens: int, max_failures: int = 20) -> None:
+    """The flags, with defaults that suit the command."""
     from absl import flags
 
     flags.DEFINE_string("endpoint", client.LOCAL, "Address of the endpoint, up to and with /v1.")
@@ -35,7 +35,7 @@ def define_flags(max_tokens: int) -> None:
     flags.DEFINE_float("requests_per_minute", None, "Most requests a minute.", lower_bound=0.1)
     flags.DEFINE_float("tokens_per_minute", None, "Most tokens a minute.", lower_bound=1)
     flags.DEFINE_float("timeout_s", 120.0, "Seconds for one answer.", lower_bound=0.1)
-    flags.DEFINE_integer("max_failures", 20, "Questions that may fail; one more ends the run.", lower_bound=0)
+    flags.DEFINE_integer("max_failures", max_failures, "Questions that may fail; one more ends the run.", lower_bound=0)
     flags.DEFINE_boolean("dry_run", False, "Count requests, tokens and cost, and send nothing.")
     flags.DEFINE_list("prices", ["0", "0"], "US dollars for a million tokens asked and a million answered.")
     flags.DEFINE_float("max_cost", None, "US dollars at which to stop.", lower_bound=0.0)
