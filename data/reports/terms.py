@@ -72,8 +72,8 @@ DENIED_AFTER = (
 )
 ENDS = (
     r"\b(?:but|however|although|though|except|is|are|was|were|has|have|there|which|with)\b",
-    r"\b(?:pero|aunque|salvo|excepto|con|hay|que)\b",
-    r"\b(?:mas|porem|embora|exceto|com|ha|que)\b",
+    r"\b(?:pero|aunque|salvo|excepto|con|que)\b",
+    r"\b(?:mas|porem|embora|exceto|com|que)\b",
 )
 
 # A finding said to be over, or to be of an earlier image: it may be left out, denied or kept.
