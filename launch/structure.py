@@ -93,10 +93,11 @@ def write(out: Path, answers: dict[str, chat.Answer], info: dict[str, Any]) -> s
     lines = ({"key": key, "access": level, "reason": a.reason, "answer": a.text} for key, a in rejected.items())
     whole(Path(f"{out}.rejected.jsonl"), (json.dumps(line, ensure_ascii=False) for line in lines))
     words = Counter(word for value in kept.values() for word in value["residue"])
+    reasons = Counter(answer.reason for answer in rejected.values())
     counts = {
         "reports": len(answers),
         "structured": len(kept),
-        "rejected": dict(Counter(answer.reason for answer in rejected.values())),
+        "rejected": dict(reasons),
         "with_findings": sum(value["findings"] is not None for value in kept.values()),
         "with_impression": sum(value["impression"] is not None for value in kept.values()),
         "with_residue": sum(bool(value["residue"]) for value in kept.values()),
@@ -105,7 +106,7 @@ def write(out: Path, answers: dict[str, chat.Answer], info: dict[str, Any]) -> s
     whole(Path(f"{out}.info.json"), [json.dumps(counts | info, indent=1)])
     told = f"{out}: {len(kept)} of {len(answers)} reports structured"
     if rejected:
-        told += f", {len(rejected)} rejected ({chat.describe(counts['rejected'])}), see {out}.rejected.jsonl"
+        told += f", {len(rejected)} rejected ({chat.describe(reasons)}), see {out}.rejected.jsonl"
     return told + f"; {counts['with_residue']} may still speak of an earlier image, see {out}.info.json"
 
 

@@ -59,8 +59,8 @@ def fault(source: str, output: str, language: str = "en") -> tuple[str, str] | N
     plain_source, plain = plain_text(source), plain_text(output)
     if language != "en" and (found := _FOREIGN.search(plain)):
         return NOT_ENGLISH, found[0]
-    if found := _numbers(plain_source, plain, language):
-        return found
+    if numbers := _numbers(plain_source, plain, language):
+        return numbers
     before, after = findings(source, language), findings(output, "en")
     for name in before.keys() | after.keys():
         if reason := _unfaithful(before.get(name, Said()), after.get(name, Said())):

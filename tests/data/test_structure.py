@@ -102,7 +102,7 @@ def openi(real, tmp_path_factory):
 
 def bodies(source):
     texts = [read_report(path)[0] for path in sorted((source / "ecgen-radiology").glob("*.xml"))]
-    return [document.body for words in texts if (document := structure.of_texts([words]))]
+    return [known.body for words in texts if (known := structure.of_texts([words]))]
 
 
 def test_guards_on_real_reports(openi):
@@ -198,7 +198,9 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
     for number in range(len(found)):
         row = found[number]
         words = read_report(openi / "ecgen-radiology" / f"{row['study']}.xml")[0]
-        wanted = texts[structure.of_texts([words]).key]
+        document = structure.of_texts([words])
+        assert document is not None
+        wanted = texts[document.key]
         assert row["method"] == "llm" and row["id"].endswith("~llm")
         assert all(row[name] == (wanted[name] or "") for name in ("findings", "impression", "indication"))
     assert len(corpus.source("train", "pairs")) > len(corpus.source("train", "pairs.report")) >= len(found)
@@ -234,7 +236,7 @@ def test_every_corpus_says_who_may_have_it():
     assert builder_class("padchest").language == "es"
 
 
-def document(findings, **other):
+def made_of(findings, **other):
     text = {"method": "report", "findings": findings, "impression": None, "indication": None, "prompt": None}
     found = structure.of_texts([text | other])
     assert found is not None
@@ -246,7 +248,7 @@ def reply(**sections):
 
 
 def test_an_answer_is_read_and_guarded():
-    given = document("Stable  small effusion.", indication="Pneumonia?")
+    given = made_of("Stable  small effusion.", indication="Pneumonia?")
     assert given.text == "INDICATION: Pneumonia?\nFINDINGS: Stable  small effusion."
     value = structure.read(reply(findings=" Small\neffusion. ", indication="Pneumonia?"), given, "en")
     assert value == {
@@ -305,7 +307,7 @@ def test_a_damaged_file_is_named(tmp_path, line):
 
 
 def test_prompts_of_all_languages():
-    given = dataclasses.replace(document("x"), text="TEXT")
+    given = dataclasses.replace(made_of("x"), text="TEXT")
     for language, word in (("en", "Sort the report"), ("es", "Spanish"), ("pt", "Portuguese")):
         asked = structure.question(given, structure.prompt_of(language), language)
         assert [m["role"] for m in asked.messages] == ["system", "user"]
