@@ -27,7 +27,7 @@ _MARKS = re.compile(r"[*`#_]+")
 _AFTER = re.compile(r"^\W*explanation\b", re.IGNORECASE | re.MULTILINE)
 _HEADER = re.compile(r"clinically[\s-]+(in|non-?)?significant(?:\s+errors?)?[^\[\](){}:\n]{0,40}:?\s*", re.IGNORECASE)
 _PAIR = r"([A-F])[\"')\]]*\s*[,:=]\s*[\"']?(\d{1,4})(?![\d.])"
-_ITEM = r"[\[({]?\s*[\"']?" + _PAIR.replace("([A-F])", "[A-F]").replace("(\\d{1,4})", "\\d{1,4}") + r"[\"']?\s*[\])}]?"
+_ITEM = r"[\[({]?\s*[\"']?" + _PAIR + r"[\"']?\s*[\])}]?"
 _LIST = re.compile(rf"[\[({{]?\s*{_ITEM}(?:\s*,\s*{_ITEM})*[\s,]*[\])}}]*")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from evaluation.judging import PROMPTS, Ask, Judge, Pair, Scores
 from rad_jax.chat import schema, templates
-from rad_jax.chat.client import Question
+from rad_jax.chat.client import Question, UnusableError
 
 NAME, VERSION = "radfact", 1
 PRECISION, RECALL = f"{NAME}_precision", f"{NAME}_recall"
-_MOST = 100  # statements of a report that are asked about
+_MOST = 100  # statements of a report; more are the work of a model that does not stop
 STATEMENTS: dict[str, Any] = {
     "type": "object",
     "properties": {"statements": {"type": "array", "items": {"type": "string"}}},
@@ -69,7 +69,10 @@ def judge(_: Path | None = None) -> Judge:
 def statements(text: str) -> list[str]:
     """The statements of an answer, empty ones and repetitions left out."""
     found = [" ".join(statement.split()) for statement in schema.read(text, STATEMENTS)["statements"]]
-    return list(dict.fromkeys(statement for statement in found if statement))[:_MOST]
+    kept = list(dict.fromkeys(statement for statement in found if statement))
+    if len(kept) > _MOST:
+        raise UnusableError("too many statements", f"a report has no more than {_MOST} statements")
+    return kept
 
 
 def follows(text: str) -> bool:

@@ -47,10 +47,17 @@ def define_flags() -> None:
 
 
 def main(_: Sequence[str]) -> None:
+    print(structure_corpus(flags.FLAGS))
+
+
+def structure_corpus(options: Any) -> str:
+    """Does what the flags say; returns what to tell.
+
+    Raises UserError for flags or a corpus that cannot be used, and when too many reports fail.
+    """
     from data.corpora import builder_class
     from data.reports import structure
 
-    options = flags.FLAGS
     out, kind = Path(options.out), builder_class(options.dataset)
     level, language = kind.access, options.language or kind.language
     prompt = structure.prompt_of(language, Path(options.prompt) if options.prompt else None)
@@ -61,8 +68,7 @@ def main(_: Sequence[str]) -> None:
     asked = command.client_of(options, out)
     questions = (structure.question(document, prompt, language) for document in documents.values())
     if options.dry_run:
-        command.dry_run(asked, questions, options, level)
-        return
+        return command.dry_run(asked, questions, options, level)
     command.check_access(options, level)
     answers = collect(asked, questions, len(documents))
     info = {
@@ -71,7 +77,7 @@ def main(_: Sequence[str]) -> None:
         "prompt": prompt.sha256,
         **command.record(asked, options, level),
     }
-    print(write(out, {key: answers[key] for key in documents}, info))
+    return write(out, {key: answers[key] for key in documents}, info)
 
 
 def collect(asked: chat.Client, questions: Iterable[chat.Question], total: int) -> dict[Any, chat.Answer]:

@@ -76,8 +76,8 @@ def check_access(options: Any, level: str) -> None:
     access.check(options.endpoint, level, options.attested_by)
 
 
-def dry_run(asked: client.Client, questions: Iterable[client.Question], options: Any, level: str) -> None:
-    """Prints what asking these questions would take; sends nothing."""
+def dry_run(asked: client.Client, questions: Iterable[client.Question], options: Any, level: str) -> str:
+    """What asking these questions would take, to be printed; sends nothing."""
     count = known = tokens = 0
     for question in questions:
         count += 1
@@ -86,20 +86,21 @@ def dry_run(asked: client.Client, questions: Iterable[client.Question], options:
         else:
             tokens += client.tokens_of(question.messages)
     sent, most = count - known, (count - known) * asked.model.max_tokens
-    print(f"{count} requests, {known} of them answered in the cache, {sent} to be sent to {options.endpoint}")
-    print(f"  about {tokens} tokens asked (four characters a token), at most {most} answered (--max_tokens each)")
     rates = prices(options.prices)
-    if any(rates):
-        print(
-            f"  {client.cost(tokens, 0, rates):.2f} US dollars for the questions, at most {client.cost(tokens, most, rates):.2f} in all"
-        )
-    else:
-        print("  no cost: --prices are 0")
+    least, at_most = client.cost(tokens, 0, rates), client.cost(tokens, most, rates)
+    lines = [
+        f"{count} requests, {known} of them answered in the cache, {sent} to be sent to {options.endpoint}",
+        f"about {tokens} tokens asked (four characters a token), at most {most} answered (--max_tokens each)",
+        f"{least:.2f} US dollars for the questions, at most {at_most:.2f} in all"
+        if any(rates)
+        else "no cost: --prices are 0",
+    ]
     minutes = [sent / options.requests_per_minute] if options.requests_per_minute else []
     minutes += [tokens / options.tokens_per_minute] if options.tokens_per_minute else []
     if minutes:
-        print(f"  at least {max(minutes):.1f} minutes at the rate limits")
-    print(f"  the data is {level}; tries that fail and answers that must be asked for again come on top")
+        lines.append(f"at least {max(minutes):.1f} minutes at the rate limits")
+    lines.append(f"the data is {level}; tries that fail and answers that must be asked for again come on top")
+    return "\n  ".join(lines)
 
 
 def record(asked: client.Client, options: Any, level: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data.corpora import CORPORA, builder_class
 from data.openi.builder import read_report
 from data.packing import Arguments, pack
 from data.reports import guards, structure
+from launch import structure as command
 from rad_jax.chat import access
 from rad_jax.chat.client import UnusableError
 from rad_jax.errors import UserError
@@ -148,9 +150,26 @@ def arguments(source, **other):
     return Arguments(dataset="openi", source=str(source), **values | other)
 
 
-def run(*options):
-    command = [sys.executable, "-m", "launch.structure", "--dataset=openi", "--model=m", "--max_failures=300", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def options(source, out, endpoint, **other):
+    """What the command's flags say."""
+    values = {
+        **dict.fromkeys(("language", "prompt", "limit", "key_variable", "attested_by", "cache", "max_cost")),
+        **dict.fromkeys(("requests_per_minute", "tokens_per_minute")),
+        "dataset": "openi",
+        "source": str(source),
+        "out": str(out),
+        "endpoint": endpoint,
+        "model": "m",
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "max_tokens": 1024,
+        "concurrency": 8,
+        "timeout_s": 120.0,
+        "max_failures": 300,
+        "dry_run": False,
+        "prices": ["0", "0"],
+    }
+    return types.SimpleNamespace(**values | other)
 
 
 def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
@@ -165,13 +184,24 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
         17: "not_json",
     }
     out = tmp_path / "openi.jsonl"
-    options = (f"--source={openi}", f"--out={out}", f"--endpoint={server.url}")
-    reckoned = run(*options, "--dry_run", "--prices=2,8", "--requests_per_minute=60")
+    dry = options(openi, out, server.url, dry_run=True, prices=["2", "8"], requests_per_minute=60)
+    reckoned = command.structure_corpus(dry)
     documents = builder_class("openi")(source=openi, image_size=16, data_dir=tmp_path).documents()
-    assert f"{len(documents)} requests, 0 of them answered in the cache" in reckoned.stdout, reckoned.stderr
+    assert f"{len(documents)} requests, 0 of them answered in the cache" in reckoned
+    assert "US dollars" in reckoned and f"at least {len(documents) / 60:.1f} minutes" in reckoned
     assert not server.bodies and not out.exists()
 
-    done = run(*options)
+    flags = (
+        "--dataset=openi",
+        f"--source={openi}",
+        f"--out={out}",
+        f"--endpoint={server.url}",
+        "--model=m",
+        "--max_failures=300",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.structure", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     rejected = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
@@ -185,8 +215,8 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
         assert text not in done.stdout + done.stderr
 
     before = len(server.bodies)  # once more: only what was filtered, or cut off, is asked for again
-    again = run(*options)
-    assert again.returncode == 0 and len(server.bodies) - before <= 4
+    command.structure_corpus(options(openi, out, server.url))
+    assert len(server.bodies) - before <= 4
 
     manifest, _ = pack(arguments(openi, structured=str(out)), tmp_path / "c", workers=1, progress=False)
     counts = manifest["summary"]["counts"]
@@ -213,19 +243,40 @@ def test_restricted_reports_stay_here(tmp_path):
     table = tmp_path / "my.csv"
     Image.new("L", (32, 32)).save(tmp_path / "a.png")
     table.write_text("image,findings\na.png,Clear lungs.\n")
-    command = [
-        sys.executable,
-        "-m",
-        "launch.structure",
-        "--dataset=folder",
-        f"--source={table}",
-        "--model=m",
-        f"--out={tmp_path}/o",
-    ]
-    done = subprocess.run(
-        [*command, "--endpoint=https://192.0.2.1/v1"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    remote = options(table, tmp_path / "o", "https://192.0.2.1/v1", dataset="folder")
+    with pytest.raises(UserError, match=r"this data is private, and 192\.0\.2\.1 is another machine"):
+        command.structure_corpus(remote)
+
+
+def test_a_spanish_corpus(tmp_path, chat_server):
+    """PadChest's word stems become English texts of their films; one that is put on the wrong side is refused."""
+    source = tmp_path / "padchest"
+    (source / "12").mkdir(parents=True)
+    reports = {"1": "derram pleural derech . cardiomegali .", "2": "sin derram .", "3": "derram izquierd ."}
+    english = {"1": "Right pleural effusion. Cardiomegaly.", "2": "No effusion.", "3": "Right effusion."}
+    columns = (
+        "ImageID,ImageDir,StudyID,PatientID,PatientBirth,PatientSex_DICOM,StudyDate_DICOM,Projection,Report,Labels"
     )
-    assert done.returncode == 2 and "this data is private, and 192.0.2.1 is another machine" in done.stderr
+    lines = [f"{n}.png,12,s{n},p{n},1930,F,20140915,PA,{text},\"['cardiomegaly']\"" for n, text in reports.items()]
+    (source / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv").write_text("\n".join([columns, *lines]) + "\n")
+    for number in reports:
+        Image.new("L", (32, 32)).save(source / "12" / f"{number}.png")
+
+    def translator(body):
+        text = body["messages"][1]["content"].partition("The report:\n")[2]
+        return reply(findings=next(english[n] for n, spanish in reports.items() if spanish in text))
+
+    server, out = chat_server(translator), tmp_path / "s.jsonl"
+    told = command.structure_corpus(options(source, out, server.url, dataset="padchest"))
+    assert "2 of 3 reports structured, 1 rejected (1 a side is changed)" in told
+    assert "Spanish" in server.bodies[0]["messages"][1]["content"]
+    given = dataclasses.replace(arguments(source, structured=str(out)), dataset="padchest")
+    manifest, _ = pack(given, tmp_path / "c", workers=1, progress=False)
+    corpus = Corpus.open(tmp_path / "c")
+    counts = {split: index["rows"] for split, index in manifest["selections"]["all.llm"]["splits"].items()}
+    rows = [corpus.source(split, "all.llm")[0] for split, count in counts.items() if count]
+    assert sum(counts.values()) == 2 and {row["findings"] for row in rows} <= set(english.values())
+    assert corpus.access == "credentialed"
 
 
 def test_every_corpus_says_who_may_have_it():
