@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -390,7 +391,8 @@ def test_restricted_predictions_stay_here(tmp_path):
 def test_scores_that_do_not_fit_are_refused(tmp_path):
     file = tmp_path / "scores.jsonl"
     row = {"id": "a", "system": "s", "signature": "x", "scores": {"green": 1}}
-    for lines in ([row, row], [row, row | {"id": "b", "signature": "y"}], [{"id": "a"}], [[]]):
+    cases: list[list[Any]] = [[row, row], [row, row | {"id": "b", "signature": "y"}], [{"id": "a"}], [[]]]
+    for lines in cases:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(UserError, match=r"scores\.jsonl, line"):
             judging.read(file)

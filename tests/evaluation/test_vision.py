@@ -88,7 +88,8 @@ def test_restricted_films_stay_here(tmp_path, tiny_corpus):
 
 
 def test_an_image_that_cannot_be_read_is_counted(tmp_path, tiny_corpus, chat_server, monkeypatch):
-    decode, broken = images.decode_png, []
+    decode = images.decode_png
+    broken: list[bytes] = []
 
     def fails_once(data):
         if not broken:
