@@ -178,6 +178,11 @@ def test_a_wrong_schema_is_a_failure(chat_server, reply, reason, detail):
     assert found[0].reason == reason and len(server.bodies) == 2
 
 
+def test_thoughts_are_no_answer(chat_server):
+    server = chat_server(lambda body: "<think>\nis it\n</think>\n\nyes")
+    assert ask(client(server), questions(1))[0].value == "yes"
+
+
 def test_numbers_of_a_schema():
     count = {
         "type": "object",

@@ -375,7 +375,8 @@ def read(response: http.Response) -> Reply:
         raise _FailedError("no finished text")
     if not isinstance(text, str) or not text.strip():
         raise _FailedError("empty answer")
-    return Reply(text, prompt, completion)
+    # What a reasoning model thinks aloud, where its server does not keep it apart.
+    return Reply(re.sub(r"\A\s*<think>.*?</think>\s*", "", text, flags=re.DOTALL), prompt, completion)
 
 
 def _raise_for(response: http.Response) -> None:

@@ -45,7 +45,7 @@ def client_of(options: Any, out: Path) -> client.Client:
     """The client of these flags; its cache lies in OUT.cache unless --cache says where. Raises UserError for flags that cannot be used."""
     key = None
     if options.key_variable:
-        key = os.environ.get(options.key_variable)
+        key = os.environ.get(options.key_variable, "").strip()
         if not key:
             raise UserError(f"--key_variable={options.key_variable}: this environment variable is not set.")
     return client.Client(

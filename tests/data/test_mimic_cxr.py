@@ -344,3 +344,23 @@ def test_reports_that_the_rules_cannot_read_may_be_structured(reports, tmp_path)
     assert len(found) == 5 and all(row["findings"].startswith("Edema") for row in found)
     alone = [row for row in found if not row["id"].endswith("~llm")]
     assert len(alone) == 1  # its only text
+
+
+def test_structured_reports_are_in_no_loader(miniature, tmp_path):
+    """The published selections keep their rows when texts are added."""
+    builder = MimicCxr(source=miniature, image_size=16, data_dir=tmp_path)
+    rows = [
+        structure.row(key, dict.fromkeys(structure.SECTIONS) | {"findings": "Edema."}, "credentialed")
+        for key in builder.documents()
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without, _ = pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
+    given = arguments(miniature, structured=str(tmp_path / "s.jsonl"))
+    manifest, _ = pack(given, tmp_path / "d", workers=1, progress=False)
+    for name in annotations.LOADERS:
+        found = manifest["selections"][name]["splits"]
+        assert {split: index["rows"] for split, index in found.items()} == {
+            split: index["rows"] for split, index in without["selections"][name]["splits"].items()
+        }
+    assert manifest["selections"]["all.llm"]["splits"]["train"]["rows"] > 0
+    assert manifest["published"] == without["published"]

@@ -339,6 +339,17 @@ def test_the_command(tmp_path, chat_server, capsys):
     scores = metaeval.read_scores(out / "scores.jsonl")
     assert len(scores) == 40 and scores["s1", "preds"]["chexprompt_significant"] == 2.0
 
+    # Raters who count as the judge does agree with it wholly.
+    ratings = {
+        (name, ""): {"a": line["scores"]["chexprompt_total"], "b": line["scores"]["chexprompt_total"]}
+        for name, line in lines.items()
+    }
+    agreed = metaeval.compare(scores, ratings, {key: key[0] for key in ratings}, draws=100)["metrics"][
+        "chexprompt_total"
+    ]
+    assert agreed["n"] == 40 and agreed["tau"]["all"]["value"] == pytest.approx(1.0)
+    assert agreed["distance"]["all"]["value"] == 0.0
+
     given = report.Options(judged=[judging.read(out / "scores.jsonl")], draws=100, trials=100)
     found = evaluate.evaluate([*evaluate.read_inputs([preds])], given, tmp_path / "e")
     row = report.lookup(found, "chexprompt_total")
