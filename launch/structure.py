@@ -12,12 +12,17 @@ A text is kept when it is faithful by the rules of data/reports/guards.py: no ne
 denial lost, no measurement lost. A text that is not is asked for once more; if that fails too it goes with its reason to
 OUT.rejected.jsonl. OUT.info.json counts all of it, and the words that still speak of an earlier image. Answers are kept in OUT.cache, so that
 the same command goes on where it was stopped and asks nothing twice. All these files hold report text.
+
+How near the findings are to those that rules find: OUT.pairs.jsonl has both for every English report, in the form of a predictions file.
+
+    python -m launch.evaluate out/openi.structured.jsonl.pairs.jsonl --out=out/openi.structured
+    python -m launch.judge out/openi.structured.jsonl.pairs.jsonl --judge=chexprompt --model=MODEL --out=out/openi.judged
 """
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +82,23 @@ def structure_corpus(options: Any) -> str:
         "prompt": prompt.sha256,
         **command.record(asked, options, level),
     }
+    if language == "en":
+        found = {key: (document.findings, answers[key]) for key, document in documents.items()}
+        whole(Path(f"{out}.pairs.jsonl"), (json.dumps(pair, ensure_ascii=False) for pair in pairs(found, level)))
     return write(out, {key: answers[key] for key in documents}, info)
+
+
+def pairs(found: dict[str, tuple[str, chat.Answer]], level: str) -> Iterator[dict[str, str]]:
+    """Lines of a predictions file: a report's findings by rules as the reference, the model's as the prediction, where there are both."""
+    for key, (by_rules, answer) in found.items():
+        if by_rules and not answer.reason and answer.value["findings"]:
+            yield {
+                "id": key,
+                "query": "",
+                "reference": by_rules,
+                "prediction": answer.value["findings"],
+                "access": level,
+            }
 
 
 def collect(asked: chat.Client, questions: Iterable[chat.Question], total: int) -> dict[Any, chat.Answer]:
@@ -89,7 +110,7 @@ def collect(asked: chat.Client, questions: Iterable[chat.Question], total: int) 
 
 
 def write(out: Path, answers: dict[str, chat.Answer], info: dict[str, Any]) -> str:
-    """Writes the three files, each whole or not at all; returns what to tell."""
+    """Writes texts, rejected ones and counts, each whole or not at all; returns what to tell."""
     from data.reports import structure
 
     kept = {key: answer.value for key, answer in answers.items() if not answer.reason}

@@ -45,10 +45,11 @@ _ASIDE = {
 
 @dataclass(frozen=True)
 class Document:
-    """A report as the model is given it, and the part of it that says what is seen."""
+    """A report as the model is given it, the part of it that says what is seen, and its findings by rules, empty where these find none."""
 
     text: str
     body: str
+    findings: str = ""
 
     @property
     def key(self) -> str:
@@ -63,8 +64,10 @@ def key_of(text: str) -> str:
 
 def of_report(report: str) -> Document:
     """A whole report, as its file has it."""
-    parts = [s.text for s in sections.split_sections(report, sections.ALL_FIXES) if s.name not in _ASIDE]
-    return Document(report.strip(), "\n".join(parts).strip() or report)
+    found = sections.split_sections(report, sections.ALL_FIXES)
+    body = "\n".join(section.text for section in found if section.name not in _ASIDE).strip()
+    findings = {section.name: section.text for section in found}.get("findings", "")
+    return Document(report.strip(), body or report, " ".join(findings.split()))
 
 
 def of_texts(texts: Sequence[Mapping[str, str | None]]) -> Document | None:
@@ -74,7 +77,8 @@ def of_texts(texts: Sequence[Mapping[str, str | None]]) -> Document | None:
         return None
     names = ("indication", "findings", "impression")
     body = "\n".join(own[name] or "" for name in names[1:]).strip()
-    return Document("\n".join(f"{name.upper()}: {own[name]}" for name in names if own[name]), body)
+    text = "\n".join(f"{name.upper()}: {own[name]}" for name in names if own[name])
+    return Document(text, body, own["findings"] or "")
 
 
 def prompt_of(language: str, given: Path | None = None) -> templates.Template:

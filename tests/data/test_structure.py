@@ -18,6 +18,7 @@ from data.corpora import CORPORA, builder_class
 from data.openi.builder import read_report
 from data.packing import Arguments, pack
 from data.reports import guards, structure
+from evaluation.predictions import access_of, read_predictions
 from launch import structure as command
 from rad_jax.chat import access
 from rad_jax.chat.client import UnusableError
@@ -214,6 +215,12 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
     for text in ("effusion", "There is a nodule"):  # nothing of a report is told
         assert text not in done.stdout + done.stderr
 
+    compared = read_predictions(Path(f"{out}.pairs.jsonl"))
+    assert len(compared.rows) == sum(bool(documents[row["key"]].findings and row["findings"]) for row in rows) > 150
+    same = sum(row.prediction.split() == row.reference.split() for row in compared.rows)
+    assert 0.8 < same / len(compared.rows) < 1.0  # the others lost a sentence about another study
+    assert access_of(compared.rows) == "public"
+
     before = len(server.bodies)  # once more: only what was filtered, or cut off, is asked for again
     command.structure_corpus(options(openi, out, server.url))
     assert len(server.bodies) - before <= 4
@@ -327,7 +334,7 @@ def test_an_answer_is_read_and_guarded():
 def test_a_whole_report_is_guarded_by_what_it_says_of_the_image():
     report = "EXAM: CHEST\n\nINDICATION: Pneumonia.\n\nCOMPARISON: 2 films of 2019.\n\nFINDINGS: Mild edema.\n\nIMPRESSION: Edema.\n"
     given = structure.of_report(report)
-    assert given.body.split() == ["Mild", "edema.", "Edema."]
+    assert given.body.split() == ["Mild", "edema.", "Edema."] and given.findings == "Mild edema."
     assert structure.of_report(report + "  ").key == given.key != structure.of_report(report + "x").key
     assert structure.of_report("no heading, mild edema").body == "no heading, mild edema"
 
