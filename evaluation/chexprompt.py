@@ -7,20 +7,21 @@ The parser takes the two lists in every form in which models write them, and non
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.judging import PROMPTS, Judge, Pair, Scores, single_question
-from rad_jax.chat import templates
+from rad_jax.chat import schema, templates
 from rad_jax.chat.client import Question, UnusableError
 
 NAME, VERSION = "chexprompt", 1  # of parser and aggregation
 TYPES = "ABCDEF"
 LEVELS = ("significant", "insignificant")
 NO_LISTS, MISSING, TWICE = "not the two lists", "types are missing in a list", "lists contradict each other"
-CUT = "a list is cut"
+CUT, NOT_QUOTED, NOT_EVIDENT = "a list is cut", "evidence is not quoted", "evidence and counts differ"
 FILTERED, EMPTY = "filtered", "empty answer"
 
 _MARKS = re.compile(r"[*`#_]+")
@@ -30,13 +31,39 @@ _PAIR = r"([A-F])[\"')\]]*\s*[,:=]\s*[\"']?(\d{1,4})(?![\d.])"
 _ITEM = r"[\[({]?\s*[\"']?" + _PAIR + r"[\"']?\s*[\])}]?"
 _LIST = re.compile(rf"[\[({{]?\s*{_ITEM}(?:\s*,\s*{_ITEM})*[\s,]*[\])}}]*")
 
+_COUNT = {"type": "integer", "minimum": 0}
+COUNTS = {
+    "type": "object",
+    "properties": dict.fromkeys(TYPES, _COUNT),
+    "required": [*TYPES],
+    "additionalProperties": False,
+}
+_TEXTS = ("candidate_span", "reference_span", "note")
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string", "enum": [*TYPES]},
+        "level": {"type": "string", "enum": [*LEVELS]},
+        **{name: {"type": "string"} for name in _TEXTS},
+    },
+    "required": ["type", "level", *_TEXTS],
+    "additionalProperties": False,
+}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"evidence": {"type": "array", "items": _ERROR}, **dict.fromkeys(LEVELS, COUNTS)},
+    "required": ["evidence", *LEVELS],
+    "additionalProperties": False,
+}
+
 
 @dataclass(frozen=True)
 class Counts:
-    """Errors by type A to F."""
+    """Errors by type A to F, and where they are, from a judge that points at them."""
 
     significant: tuple[int, ...]
     insignificant: tuple[int, ...]
+    evidence: tuple[dict[str, str], ...] = ()
 
 
 def parse(reply: str) -> Counts:
@@ -102,6 +129,39 @@ def scores(counts: Counts) -> Scores:
     for level in LEVELS:
         out |= {f"{NAME}_{level}_{kind}": n for kind, n in zip(TYPES, getattr(counts, level), strict=True)}
     return {name: float(value) for name, value in out.items()}
+
+
+def parse_with_evidence(reply: str, pair: Pair) -> Counts:
+    """The counts of a JSON reply that names every error with the words it is about.
+
+    Raises:
+        UnusableError: not of `SCHEMA`, words that stand in neither report, or errors named that are not as many as counted.
+    """
+    value = schema.read(reply, SCHEMA)
+    plain = [" ".join(text.lower().split()) for text in (pair.candidate, pair.reference)]
+    named: Counter[tuple[str, str]] = Counter()
+    for error in value["evidence"]:
+        named[error["level"], error["type"]] += 1
+        spans = [" ".join(error[name].lower().split()) for name in ("candidate_span", "reference_span")]
+        if not any(spans) or any(span not in text for span, text in zip(spans, plain, strict=True)):
+            raise UnusableError(NOT_QUOTED, "a span in evidence is not copied from its report word for word")
+    counts = {(level, kind): value[level][kind] for level in LEVELS for kind in TYPES}
+    if wrong := [f"{level} {kind}" for (level, kind), n in counts.items() if named[level, kind] != n]:
+        raise UnusableError(NOT_EVIDENT, f"evidence and counts differ for {', '.join(wrong)}")
+    return Counts(*(tuple(value[level][kind] for kind in TYPES) for level in LEVELS), tuple(value["evidence"]))
+
+
+def judge_with_evidence(prompt_file: Path | None = None) -> Judge:
+    """The judge that must point at every error it counts, in JSON."""
+    prompt = templates.load(prompt_file or PROMPTS / "chexprompt_json.txt", {"reference", "candidate"})
+
+    def question(pair: Pair, vote: int) -> Question:
+        return Question(
+            pair.id, prompt.fill(values(pair)), lambda text: parse_with_evidence(text, pair), SCHEMA, sample=vote
+        )
+
+    signature = f"{NAME}-json-v{VERSION}|prompt:{prompt.sha256}"
+    return Judge(NAME, signature, single_question(question, scores), lambda p, v: [question(p, v)])
 
 
 def judge(prompt_file: Path | None = None) -> Judge:

@@ -9,22 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.chexprompt import LEVELS, TYPES, values
+from evaluation.chexprompt import COUNTS, LEVELS, TYPES, values
 from evaluation.judging import PROMPTS, Judge, Pair, Scores, single_question
 from rad_jax.chat import schema, templates
 from rad_jax.chat.client import Question, UnusableError
 
 NAME, VERSION = "green", 1
-_COUNT = {"type": "integer", "minimum": 0}
-_COUNTS = {
-    "type": "object",
-    "properties": dict.fromkeys(TYPES, _COUNT),
-    "required": [*TYPES],
-    "additionalProperties": False,
-}
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"matched": _COUNT, **dict.fromkeys(LEVELS, _COUNTS)},
+    "properties": {"matched": {"type": "integer", "minimum": 0}, **dict.fromkeys(LEVELS, COUNTS)},
     "required": ["matched", *LEVELS],
     "additionalProperties": False,
 }

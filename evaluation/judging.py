@@ -36,6 +36,11 @@ class Pair:
     candidate: str
 
 
+# Place of the pair, its scores or why there are none, and what the judge points at.
+Vote = tuple[int, Scores | str, list[Any]]
+Run = Callable[[Ask, Sequence[Pair], int], Iterator[Vote]]
+
+
 @dataclass(frozen=True)
 class Judge:
     """One way to judge.
@@ -43,22 +48,23 @@ class Judge:
     Attributes:
         name: of the judge.
         signature: of its prompts and rules, without the model's.
-        run: (ask, pairs, votes) -> yields (place of the pair, scores, or why there are none) for every pair and vote.
+        run: (ask, pairs, votes) -> yields a `Vote` for every pair and vote.
         first: (pair, vote) -> the first requests of a pair, to count them before anything is sent.
     """
 
     name: str
     signature: str
-    run: Callable[[Ask, Sequence[Pair], int], Iterator[tuple[int, Scores | str]]]
+    run: Run
     first: Callable[[Pair, int], list[Question]]
 
 
 @dataclass
 class Verdict:
-    """What a judge says of one report: the scores of its usable votes, and why the others are not."""
+    """What a judge says of one report: the scores of its usable votes, why the others are not, and what it points at, of all votes."""
 
     votes: list[Scores] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    evidence: list[Any] = field(default_factory=list)
 
     @property
     def failed(self) -> str:
@@ -88,16 +94,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def single_question(
-    make: Callable[[Pair, int], Question], score: Callable[[Any], Scores]
-) -> Callable[[Ask, Sequence[Pair], int], Iterator[tuple[int, Scores | str]]]:
+def single_question(make: Callable[[Pair, int], Question], score: Callable[[Any], Scores]) -> Run:
     """The `run` of a judge that asks one question for a pair and vote, whose answer's value `score` turns into scores."""
 
-    def run(ask: Ask, pairs: Sequence[Pair], votes: int) -> Iterator[tuple[int, Scores | str]]:
+    def run(ask: Ask, pairs: Sequence[Pair], votes: int) -> Iterator[Vote]:
         questions = (make(pair, vote) for pair in pairs for vote in range(votes))
         places = {pair.id: place for place, pair in enumerate(pairs)}
         for question, answer in ask(questions):
-            yield places[question.id], answer.reason or score(answer.value)
+            place = places[question.id]
+            if answer.reason:
+                yield place, answer.reason, []
+            else:
+                yield place, score(answer.value), list(getattr(answer.value, "evidence", ()))
 
     return run
 
@@ -105,7 +113,8 @@ def single_question(
 def judge(kind: Judge, ask: Ask, pairs: Sequence[Pair], votes: int) -> list[Verdict]:
     """The verdict of every pair, in order."""
     verdicts = [Verdict() for _ in pairs]
-    for place, found in kind.run(ask, pairs, votes):
+    for place, found, evidence in kind.run(ask, pairs, votes):
+        verdicts[place].evidence += evidence
         if isinstance(found, str):
             verdicts[place].reasons.append(found)
         else:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.judging import PROMPTS, Ask, Judge, Pair, Scores
+from evaluation.judging import PROMPTS, Ask, Judge, Pair, Scores, Vote
 from rad_jax.chat import schema, templates
 from rad_jax.chat.client import Question, UnusableError
 
@@ -43,7 +43,7 @@ def judge(_: Path | None = None) -> Judge:
         messages = entail.fill({"report": report, "statement": statement})
         return Question((report, statement, vote), messages, follows, FOLLOWS, vote)
 
-    def run(ask: Ask, pairs: Sequence[Pair], votes: int) -> Iterator[tuple[int, Scores | str]]:
+    def run(ask: Ask, pairs: Sequence[Pair], votes: int) -> Iterator[Vote]:
         texts = dict.fromkeys(
             (text, vote) for p in pairs for text in (p.reference, p.candidate) for vote in range(votes)
         )
@@ -58,7 +58,7 @@ def judge(_: Path | None = None) -> Judge:
         verdicts = {question.id: answer for question, answer in ask(entailing(*key) for key in wanted)}
         for place, pair in enumerate(pairs):
             for vote in range(votes):
-                yield place, _scores(pair, vote, parts, verdicts)
+                yield place, *_scores(pair, vote, parts, verdicts)
 
     def first(pair: Pair, vote: int) -> list[Question]:
         return [splitting(text, vote) for text in (pair.reference, pair.candidate) if text.strip()]
@@ -80,18 +80,22 @@ def follows(text: str) -> bool:
     return bool(schema.read(text, FOLLOWS)["follows"])
 
 
-def _scores(pair: Pair, vote: int, parts: dict[Any, Any], verdicts: dict[Any, Any]) -> Scores | str:
-    """Both shares of a pair, or why there are none."""
+def _scores(
+    pair: Pair, vote: int, parts: dict[Any, Any], verdicts: dict[Any, Any]
+) -> tuple[Scores | str, list[dict[str, Any]]]:
+    """Both shares of a pair, or why there are none; and every statement with its verdict."""
     out: dict[str, list[bool]] = defaultdict(list)
+    evidence = []
     for name, side, other in ((PRECISION, pair.candidate, pair.reference), (RECALL, pair.reference, pair.candidate)):
         split = parts.get((side, vote))
         if split is None:  # an empty report
             continue
         if split.reason:
-            return str(split.reason)
+            return str(split.reason), []
         for statement in split.value:
             verdict = verdicts[other, statement, vote]
             if verdict.reason:
-                return str(verdict.reason)
+                return str(verdict.reason), []
             out[name].append(verdict.value)
-    return {name: sum(out[name]) / len(out[name]) if out[name] else None for name in (PRECISION, RECALL)}
+            evidence.append({"of": name, "statement": statement, "follows": verdict.value})
+    return {name: sum(out[name]) / len(out[name]) if out[name] else None for name in (PRECISION, RECALL)}, evidence

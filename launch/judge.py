@@ -12,7 +12,8 @@ MODEL runs behind any endpoint of OpenAI's form; without --endpoint one on this 
 rows, --data or --access say otherwise, and what is not public goes to no other machine unless --attested_by names who made sure that it may.
 
 DIR/results.json has every score with its signature (judge, prompt, model, votes), its interval and how many reports got none, in the form of
-launch.evaluate; DIR/scores.jsonl the scores of every report. With --data the intervals resample patients. --votes asks so often for each
+launch.evaluate; DIR/scores.jsonl the scores of every report. chexprompt_json counts like chexprompt and must point at every error; its
+evidence, and the statements of radfact, are in DIR/evidence.jsonl (which holds report text). With --data the intervals resample patients. --votes asks so often for each
 report, which means something where --temperature is above 0 or the model is hosted. --prompt is a file of turns with {{reference}} and
 {{candidate}}, see evaluation/prompts. Answers are kept, so that the same command goes on where it was stopped. It ends with an error when more than
 --max_failures answers stay unusable; the reports without a score are counted, listed in scores.jsonl, and bound the shares from both sides.
@@ -35,7 +36,9 @@ from rad_jax.chat import client as chat
 from rad_jax.chat import command
 from rad_jax.errors import UserError
 
-JUDGES = {module.NAME: module.judge for module in (chexprompt, green, radfact)}
+JUDGES = {module.NAME: module.judge for module in (chexprompt, green, radfact)} | {
+    "chexprompt_json": chexprompt.judge_with_evidence
+}
 MAX_TOKENS = 1024
 
 
@@ -100,6 +103,10 @@ def judge_file(path: Path, options: Any) -> str:
     result["inputs"][0]["access"] = level
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if any(verdict.evidence for verdict in verdicts):
+        pointed = [{"id": pair.id, "evidence": verdict.evidence} for pair, verdict in zip(pairs, verdicts, strict=True)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pointed)
+        (out / "evidence.jsonl").write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return "\n".join(told(result)) + f"\nwritten: {out}/{{results.json,scores.jsonl}}"
 

@@ -409,6 +409,17 @@ class ChatServer:
             "no_schema": (400, complain("response_format", "unsupported_parameter")),
             "no_temperature": (400, complain("temperature", "unsupported_value")),
             "new_limit": (400, complain("max_tokens", "unsupported_parameter")),
+            "no_top_p": (422, {"detail": [{"loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}),
+            "too_large": (
+                400,
+                {
+                    "error": {
+                        "message": "max_tokens is too large: at most 10 are supported",
+                        "param": "max_tokens",
+                        "code": "invalid_value",
+                    }
+                },
+            ),
             "bad_request": (400, {"error": {"message": "SECRET", "code": "context_length_exceeded"}}),
         }
         if callable(fault):

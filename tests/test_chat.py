@@ -77,6 +77,7 @@ def test_a_fault_of_the_moment_is_tried_again(chat_server, fault):
         ("refusal", "refused by the model", 1),
         ("empty", "empty answer", 1),
         ("bad_request", "request refused 400 context_length_exceeded", 1),
+        ("too_large", "request refused 400 invalid_value", 1),
     ],
 )
 def test_a_failure_is_counted_with_its_reason(chat_server, fault, reason, requests):
@@ -196,13 +197,13 @@ def test_numbers_of_a_schema():
 
 def test_parameters_that_a_model_refuses_are_left_out_once_and_for_all(chat_server):
     server = chat_server(echo)
-    server.faults = {0: "no_temperature", 1: "new_limit", 2: "no_schema"}
+    server.faults = {0: "no_temperature", 1: "new_limit", 2: "no_schema", 3: "no_top_p"}
     asked = client(server, concurrency=1)
     wanted = [Question(q.id, q.messages, str, WORDS) for q in questions(3)]
     assert all(answer.value for answer in ask(asked, wanted).values())
-    assert asked.refused == ["max_tokens", "response_format", "temperature"]
-    assert len(server.bodies) == 6
-    assert server.bodies[-1].keys() == {"model", "messages", "top_p", "max_completion_tokens"}
+    assert asked.refused == ["max_tokens", "response_format", "temperature", "top_p"]
+    assert len(server.bodies) == 7
+    assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
 
 
 def test_the_key_goes_where_the_endpoint_wants_it(chat_server):

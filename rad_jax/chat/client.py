@@ -338,7 +338,9 @@ def _refused_parameter(response: http.Response, sent: Mapping[str, Any]) -> str 
     if response.status not in (400, 422):
         return None
     error = _error(response.body)
-    message = str(error.get("message", "")).lower()
+    message = str(error.get("message") or error.get("detail") or "").lower()
+    if re.search(r"too (?:large|long)|context length|at most|reduce", message):  # of this request, not of the parameter
+        return None
     known = [name for name in _OPTIONAL if name in sent]
     if error.get("param") in known:
         return str(error["param"])

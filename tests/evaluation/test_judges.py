@@ -276,6 +276,48 @@ def counter(body):
     return two(listed((len(parts[1] - parts[0]), len(parts[0] - parts[1]), 0, 0, 0, 0)), listed((0,) * 6))
 
 
+def evident(**changes):
+    """The answer of the prompt's own example, changed."""
+    text = (judging.PROMPTS / "chexprompt_json.txt").read_text(encoding="utf-8")
+    return json.loads(next(line for line in text.splitlines() if line.startswith('{"evidence"'))) | changes
+
+
+def test_errors_must_be_pointed_at():
+    pair = judging.Pair(
+        "a", "Moderate left pleural effusion. Old healed rib fracture.", "Moderate right pleural effusion."
+    )
+    counts = chexprompt.parse_with_evidence(json.dumps(evident()), pair)
+    assert (counts.significant, counts.insignificant) == ((0, 0, 1, 0, 0, 0), (0, 1, 0, 0, 0, 0))
+    assert counts.evidence[0]["note"] == "wrong side"
+    error = evident()["evidence"][0]
+    for answer, reason in (
+        (evident(evidence=[]), chexprompt.NOT_EVIDENT),
+        (evident(evidence=[error]), chexprompt.NOT_EVIDENT),
+        (evident(evidence=[error | {"candidate_span": "huge effusion"}]), chexprompt.NOT_QUOTED),
+        (evident(evidence=[error | {"candidate_span": "", "reference_span": ""}]), chexprompt.NOT_QUOTED),
+        (evident(evidence=[error | {"type": "G"}]), "not of the schema"),
+        (evident(significant={"A": 1}), "not of the schema"),
+    ):
+        with pytest.raises(UnusableError) as found:
+            chexprompt.parse_with_evidence(json.dumps(answer), pair)
+        assert found.value.reason == reason
+
+
+def test_evidence_is_kept(tmp_path, chat_server):
+    row = {"id": "a", "query": "", "reference": "Moderate left pleural effusion. Old healed rib fracture."}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row | {"prediction": "Moderate right pleural effusion."}) + "\n")
+    replies = iter([evident(evidence=[]), evident()])
+    server = chat_server(lambda body: json.dumps(next(replies)))
+    command.judge_file(tmp_path / "p.jsonl", options(tmp_path / "o", server.url, judge="chexprompt_json"))
+    assert (
+        "evidence and counts differ for significant C, insignificant B" in server.bodies[1]["messages"][-1]["content"]
+    )
+    kept = json.loads((tmp_path / "o" / "evidence.jsonl").read_text())
+    assert kept["id"] == "a" and [error["type"] for error in kept["evidence"]] == ["C", "B"]
+    scores = judging.read(tmp_path / "o" / "scores.jsonl")["p"]
+    assert scores.scores["a"]["chexprompt_total"] == 2.0 and scores.signature.startswith("chexprompt-json-v1|prompt:")
+
+
 def write_predictions(path, count, **more):
     """Reports of which every fourth is right; the others lack sentences, or have one of their own."""
     rows = []
@@ -416,7 +458,7 @@ def test_scores_that_do_not_fit_are_refused(tmp_path):
 
 def test_every_judge_has_a_prompt_of_its_own():
     signatures = {make().signature for make in command.JUDGES.values()}
-    assert len(signatures) == 3
+    assert len(signatures) == 4
     for make in command.JUDGES.values():
         questions = make().first(judging.Pair("i", "REFERENCE TEXT", "CANDIDATE TEXT"), 0)
         asked = " ".join(message["content"] for question in questions for message in question.messages)
