@@ -83,7 +83,13 @@ def parse(reply: str) -> Counts:
     for level, counts in found.items():
         if lacking := [kind for kind in TYPES if kind not in counts]:
             raise UnusableError(MISSING, f"the list of clinically {level} errors lacks {', '.join(lacking)}")
-    return Counts(*(tuple(found[level][kind] for kind in TYPES) for level in LEVELS))
+    return Counts(*_ordered(found))
+
+
+def _ordered(found: Mapping[str, Mapping[str, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The counts of both levels, from A to F."""
+    significant, insignificant = (tuple(found[level][kind] for kind in TYPES) for level in LEVELS)
+    return significant, insignificant
 
 
 def _of_lists(text: str) -> dict[str, dict[str, int]]:
@@ -148,7 +154,7 @@ def parse_with_evidence(reply: str, pair: Pair) -> Counts:
     counts = {(level, kind): value[level][kind] for level in LEVELS for kind in TYPES}
     if wrong := [f"{level} {kind}" for (level, kind), n in counts.items() if named[level, kind] != n]:
         raise UnusableError(NOT_EVIDENT, f"evidence and counts differ for {', '.join(wrong)}")
-    return Counts(*(tuple(value[level][kind] for kind in TYPES) for level in LEVELS), tuple(value["evidence"]))
+    return Counts(*_ordered(value), tuple(value["evidence"]))
 
 
 def judge_with_evidence(prompt_file: Path | None = None) -> Judge:
