@@ -342,7 +342,7 @@ def options(out, endpoint, **other):
         "top_p": 1.0,
         "max_tokens": 100,
         "concurrency": 4,
-        "timeout_s": 5.0,
+        "timeout_s": 60.0,
         "max_failures": 20,
         "requests_per_minute": None,
         "tokens_per_minute": None,

@@ -34,7 +34,7 @@ def options(data, out, endpoint, **other):
         "top_p": 1.0,
         "max_tokens": 100,
         "concurrency": 4,
-        "timeout_s": 10.0,
+        "timeout_s": 60.0,
         "max_failures": 3,
         "dry_run": False,
         "prices": ["0", "0"],
