@@ -20,6 +20,7 @@ import rad_jax
 from data.packing import MANIFEST, existing, staging
 from data.records import SPLITS
 from data.selections import read_images, write_index
+from rad_jax.chat.access import strictest
 from rad_jax.errors import UserError
 from rad_jax.input_pipeline import Corpus
 
@@ -124,6 +125,7 @@ def _write(folder: Path, out: Path, corpora: Mapping[str, Corpus], arguments: Ma
     return {
         "format_version": rad_jax.FORMAT_VERSION,
         "dataset": "mixture",
+        "access": strictest(corpus.access for corpus in corpora.values()),
         "image_size": first.image_size,
         "tokenizer": first.meta["tokenizer"],
         "members": members,

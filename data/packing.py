@@ -49,6 +49,7 @@ class Arguments:
         image_size: short side of the stored images, in pixels.
         studies: number of phantom studies; seed: of the phantom.
         tokenizer: a file to copy, or None to train one of `vocab_size` pieces.
+        structured: a file of launch.structure, whose texts are packed beside the corpus's own.
     """
 
     dataset: str
@@ -58,6 +59,7 @@ class Arguments:
     seed: int
     tokenizer: str | None
     vocab_size: int
+    structured: str | None = None
 
     def check(self) -> None:
         """Raises UserError when these cannot be packed."""
@@ -66,6 +68,8 @@ class Arguments:
             raise UserError(f"--dataset={self.dataset} needs --source, the folder that holds it: give one.")
         if self.dataset == "phantom" and self.source:
             raise UserError("--dataset=phantom is drawn and takes no --source: leave it out.")
+        if self.dataset == "phantom" and self.structured:
+            raise UserError("--dataset=phantom needs no structured reports: leave --structured out.")
         for name, value, least in (
             ("image_size", self.image_size, _LEAST_IMAGE),
             ("studies", self.studies, _LEAST_STUDIES),
@@ -82,6 +86,8 @@ class Arguments:
         else:
             defining = builder_class(self.dataset).defining(Path(self.source or ""))
             known["source"] = _sha256_of(defining)
+        if self.structured:
+            known["structured"] = _sha256(Path(self.structured))
         if self.tokenizer:
             return known | {"tokenizer": _sha256(Path(self.tokenizer))}
         return known | {"vocab_size": self.vocab_size}
@@ -90,7 +96,9 @@ class Arguments:
         """The TFDS builder of this data set."""
         options: dict[str, Any] = {"image_size": self.image_size}
         options |= (
-            {"studies": self.studies, "seed": self.seed} if self.dataset == "phantom" else {"source": self.source}
+            {"studies": self.studies, "seed": self.seed}
+            if self.dataset == "phantom"
+            else {"source": self.source, "structured": self.structured}
         )
         made: CorpusBuilder = builder_class(self.dataset)(
             data_dir=data_dir, workers=workers, progress=progress, **options
@@ -224,6 +232,7 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
     return {
         "format_version": rad_jax.FORMAT_VERSION,
         "dataset": arguments.dataset,
+        "access": builder.access,
         "builder_dir": str(Path(builder.data_dir).relative_to(folder)),
         "image_size": arguments.image_size,
         "tokenizer": tokenizer,

@@ -23,8 +23,10 @@ import tqdm
 
 from data import dicom
 from data.labels import CHEXPERT, NOT_STATED
+from data.reports import structure
 from data.selections import COMMON, Selection
 from rad_jax import images
+from rad_jax.chat import access as levels
 from rad_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -124,7 +126,10 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """A film on disk with what is known of it; fields as in `features`, boxes in pixels of the film itself."""
+    """A film on disk with what is known of it; fields as in `features`, boxes in pixels of the film itself.
+
+    `report` is the whole report where there is more of it than `texts` hold; no record has it.
+    """
 
     path: Path
     id: str
@@ -138,6 +143,11 @@ class Film:
     age: int = -1
     labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT)
     annotations: Sequence[Mapping[str, Any]] = ()
+    report: str | None = None
+
+    def document(self) -> structure.Document | None:
+        """What a language model is given to structure; None where nobody wrote a report."""
+        return structure.of_report(self.report) if self.report else structure.of_texts(self.texts)
 
 
 def make(film: Film, size: int) -> dict[str, Any] | Skip:
@@ -161,7 +171,8 @@ def make(film: Film, size: int) -> dict[str, Any] | Skip:
         {**a, "box": [round(v * s, 1) for v, s in zip(a["box"], scale, strict=True)]} if a.get("box") else {**a}
         for a in film.annotations
     ]
-    known = {field.name: getattr(film, field.name) for field in dataclasses.fields(film) if field.name != "path"}
+    names = {field.name for field in dataclasses.fields(film)} - {"path", "report"}
+    known = {name: getattr(film, name) for name in names}
     return record(image=images.encode_png(small), shape=pixels.shape, **known | {"annotations": boxed})
 
 
@@ -174,6 +185,8 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     """
 
     selections: ClassVar[Mapping[str, Selection]] = COMMON
+    access: ClassVar[str] = levels.PRIVATE  # one of `levels.LEVELS`: who may have texts and images
+    language: ClassVar[str] = "en"  # of the reports, one of `reports.terms.LANGUAGES`
     # Selection -> split -> rows, where its authors say so.
     published: ClassVar[Mapping[str, Mapping[str, int]]] = {}
 
@@ -196,6 +209,10 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     def jobs(self) -> dict[str, list[Any]]:
         """Split -> what `make` is called with, in order; inputs known to be unusable go to `self.skipped`."""
 
+    def final_jobs(self) -> dict[str, list[Any]]:
+        """`jobs` with what is added to them from outside."""
+        return self.jobs()
+
     @abc.abstractmethod
     def maker(self) -> Callable[[Any], dict[str, Any] | Skip]:
         """A picklable function from a job to a record or a skip."""
@@ -206,7 +223,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
             super().download_and_prepare(**kwargs)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        splits = {split: jobs for split, jobs in self.jobs().items() if jobs}
+        splits = {split: jobs for split, jobs in self.final_jobs().items() if jobs}
         if not splits:
             reasons = Counter(skip.reason for skip in self.skipped)
             raise UserError(f"no usable input in any split (skipped: {dict(reasons)}): mend the source.")
@@ -240,9 +257,12 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
 class SourceBuilder(CorpusBuilder):
     """Base of the builders that read films from a folder; a subclass gives `defining` and `jobs`, which makes a `Film` of each."""
 
-    def __init__(self, *, source: str | Path, image_size: int, **kwargs: Any):
-        """Args: source: the folder; image_size: pixels of the stored images' short side."""
+    films_needed = True  # False while only the reports are read
+
+    def __init__(self, *, source: str | Path, image_size: int, structured: str | Path | None = None, **kwargs: Any):
+        """Args: source: the folder; image_size: pixels of the stored images' short side; structured: a file of launch.structure."""
         self.source, self.image_size = Path(source), image_size
+        self.structured = structure.load(Path(structured)) if structured else {}
         super().__init__(**kwargs)
 
     @classmethod
@@ -260,8 +280,39 @@ class SourceBuilder(CorpusBuilder):
     def maker(self) -> Callable[[Film], dict[str, Any] | Skip]:
         return functools.partial(make, size=self.image_size)
 
+    def final_jobs(self) -> dict[str, list[Film]]:
+        of_split = self.jobs()
+        if not self.structured:
+            return of_split
+        return {split: [self._with_structured(film) for film in films] for split, films in of_split.items()}
+
+    def documents(self) -> dict[str, structure.Document]:
+        """Key -> report, in order and each once, for a language model to structure. Films need not be there."""
+        self.films_needed = False
+        films = [film for of_split in self.jobs().values() for film in of_split]
+        self.films_needed = True
+        return {document.key: document for film in films if (document := film.document())}
+
+    def keeps(self, report: str) -> bool:
+        """Whether a report in which the rules find no text is kept all the same: to be structured, or because it has been."""
+        return not self.films_needed or structure.of_report(report).key in self.structured
+
+    def _with_structured(self, film: Film) -> Film:
+        document = film.document()
+        if document is None:
+            return film
+        row = self.structured.get(document.key)
+        self.counts["films with a structured text" if row else "films with a report and no structured text"] += 1
+        if row is None:
+            return film
+        names = ("impression", "indication")
+        own = text(row["findings"], **{name: row[name] for name in names}, method=structure.METHOD)
+        return dataclasses.replace(film, texts=[*film.texts, own])
+
     def present(self, films: Iterable[Film]) -> list[Film]:
         """The films whose file is there; the others are skipped."""
+        if not self.films_needed:
+            return list(films)
         found = []
         for film in films:
             if film.path.is_file():

@@ -18,7 +18,7 @@ class Metric:
 
     rows: float64 [n, k], one per report; a report that does not count has a row of zeros.
     value: totals [m, k] -> scores [m], NaN where nothing was counted.
-    n: how many reports count.
+    n: how many reports count; n_failed: how many got no score, though they should have.
     scale: 1.0 or 100.0, the greatest score (of an error count: its unit).
     point: what is reported as the value instead of value(sum of rows); None for that.
     per_finding: the classes of a label metric with their own numbers, as plain JSON.
@@ -32,6 +32,7 @@ class Metric:
     scale: float = 1.0
     point: float | None = None
     per_finding: dict[str, Any] = field(default_factory=dict)
+    n_failed: int = 0
 
     def total(self) -> float:
         """The score over all reports."""

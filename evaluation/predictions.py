@@ -5,9 +5,11 @@ score over them would count a study twice.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rad_jax.chat.access import PRIVATE, strictest
 from rad_jax.errors import UserError
 
 FIELDS = ("id", "query", "reference", "prediction")
@@ -16,13 +18,14 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One generated report beside its reference; `line` counts from 1."""
+    """One generated report beside its reference; `line` counts from 1. `access` says who may have it, empty where the file does not."""
 
     id: str
     query: str
     reference: str
     prediction: str
     line: int
+    access: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Predictions:
 
     rows: list[Row]
     malformed: list[tuple[int, str]]
+
+
+def access_of(rows: Sequence[Row], *stated: str | None) -> str:
+    """Who may have a file of predictions, one of `access.LEVELS`: the strictest of what its rows and `stated` say; private where nobody says."""
+    own = {row.access for row in rows if row.access}
+    known = [level for level in stated if level]
+    if not known and not all(row.access for row in rows):
+        return PRIVATE
+    return strictest([*own, *known])
 
 
 def malformed_sentence(malformed: list[tuple[int, str]], read: int) -> str:
@@ -84,4 +96,11 @@ def _parse(line: bytes, number: int) -> Row | str:
             return f"field '{field}' holds half a character (lone surrogate)"
     if not value["id"]:
         return "empty id"
-    return Row(value["id"], value["query"], value["reference"], value["prediction"], number)
+    return Row(
+        value["id"],
+        value["query"],
+        value["reference"],
+        value["prediction"],
+        number,
+        str(value.get("access", "")),
+    )

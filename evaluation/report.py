@@ -18,7 +18,18 @@ from typing import Any
 import numpy as np
 
 import rad_jax
-from evaluation import findings, panels, profiles, published, radgraph, rouge, rule_labeler, scoring, statistics
+from evaluation import (
+    findings,
+    judging,
+    panels,
+    profiles,
+    published,
+    radgraph,
+    rouge,
+    rule_labeler,
+    scoring,
+    statistics,
+)
 from evaluation.metric import Metric
 from evaluation.predictions import Predictions, malformed_sentence
 from rad_jax.errors import UserError
@@ -55,7 +66,7 @@ class Options:
 
     baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
     `Input`'s, of the references.
-    groups: id -> {column: value}, for subgroups.
+    groups: id -> {column: value}, for subgroups. judged: system -> a judge's scores, one for every judge; they go to the first profile.
     """
 
     profiles: Sequence[str] = ("native",)
@@ -72,6 +83,7 @@ class Options:
     trials: int = statistics.TRIALS
     access: str = "unstated"
     groups: dict[str, dict[str, str]] | None = None
+    judged: Sequence[dict[str, judging.Judged]] = ()
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,8 @@ class _Work:
                 true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
                 metrics += profiles.radgraph_scores(profile, true_entities, own)
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
+            for judged in self.options.judged if first else ():
+                metrics += judging.metrics(judged[system], self.ids) if system in judged else []
             if found:
                 against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
                 metrics = against + metrics

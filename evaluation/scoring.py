@@ -62,7 +62,7 @@ def _entry(metric: Metric, totals: np.ndarray, setting: Setting, median: bool) -
         "bootstrap_median": middle,
         "half_width": statistics.half_width(interval),
         "n": metric.n,
-        "n_failed": 0,
+        "n_failed": metric.n_failed,
         "scale": metric.scale,
     }
     if metric.per_finding:

@@ -13,6 +13,7 @@ every number's signature says how it was made. Metrics that need weights are lis
 (of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
+--judged names score files of launch.judge, whose systems have the names of the predictions files: a judge's scores beside the others, paired.
 per_report.jsonl has every report's own score.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import bleu, labels, profiles, radgraph, report, tables
+from evaluation import bleu, judging, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
 from rad_jax import errors
 from rad_jax.errors import UserError
@@ -66,7 +67,7 @@ def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[rep
         "studies": corpora.studies_of(corpus, records),
         "parse": parse,
         "baselines": corpora.baseline_reports(corpus, records) if with_baselines else {},
-        "access": "public" if corpus.meta["dataset"] in corpora.ANNOTATED else "private",
+        "access": corpus.access,
     }
 
 
@@ -134,6 +135,7 @@ def main(argv: Sequence[str]) -> None:
         interval=options.interval,
         draws=options.draws,
         groups=read_groups(Path(options.groups)) if options.groups else None,
+        judged=[judging.read(Path(name)) for name in options.judged],
         **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
     )
     result = evaluate(inputs, wanted, Path(options.out), options.require)
@@ -170,6 +172,7 @@ def define_flags() -> None:
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
+    flags.DEFINE_list("judged", [], "Score files of launch.judge.")
     flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)

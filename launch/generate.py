@@ -169,6 +169,7 @@ class Writer:
                             "query": record["question"],
                             "reference": record["findings"],
                             "prediction": text if usable else "",
+                            "access": corpus.access,
                         }
                     yield rows
                     bar.update(len(rows))

@@ -19,6 +19,10 @@ Several packed corpora as one, as configs/mixture.py says; their films stay wher
 
   python -m launch.pack --dataset=mixture --recipe=configs/mixture.py:openi,mimic_cxr --source=out --out=out/pairs
 
+Reports that launch.structure has rewritten are packed as further texts of their films (method llm; selections all.llm and so on):
+
+  python -m launch.pack --dataset=openi --source=openi --structured=out/openi.structured.jsonl --out=out/openi
+
 One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
 OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
 is trained on the training reports unless one is given. Running the same command again does nothing; a command that is
@@ -44,6 +48,7 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 518, "Short side of the stored 
 _STUDIES = flags.DEFINE_integer("studies", 4600, "Phantom studies, about 87 % train, 4 % validation, 9 % test.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, tokenizer.model or vocab.txt to use as it is.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "Pieces of the tokenizer trained when none is given.")
+_STRUCTURED = flags.DEFINE_string("structured", None, "Reports that launch.structure has rewritten.")
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per CPU core.", lower_bound=1)
 
 
@@ -66,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
         seed=seed_from_environment(),
         tokenizer=_TOKENIZER.value,
         vocab_size=_VOCAB_SIZE.value,
+        structured=_STRUCTURED.value,
     )
     manifest, packed = packing.pack(arguments, out, _WORKERS.value or os.cpu_count() or 1)
     if not packed:

@@ -79,6 +79,11 @@ class Corpus:
         return self.meta["image_size"]
 
     @property
+    def access(self) -> str:
+        """Who may have its texts and images, one of `chat.access.LEVELS`; private where the corpus does not say."""
+        return self.meta.get("access", "private")
+
+    @property
     def splits(self) -> Mapping[str, int]:
         """Number of records of each split."""
         return self.meta["splits"]

@@ -2,8 +2,12 @@
 
 import contextlib
 import dataclasses
+import http.server
+import json
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +325,133 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(
             f"{what:{widths[0]}}  {against:{widths[1]}}  {tensors:7d}  {absolute:7.1e}  {relative:7.1e}  {tolerance:9.0e}  {kind}{verdict}"
         )
+
+
+class ChatServer:
+    """A chat endpoint on this machine that answers with `answer(body)`, except where `faults` (by number of the request, from 0) say otherwise.
+
+    A fault is a name: busy busy_ms error slow drip truncated disconnect garbage not_json filtered azure_filtered cut_off refusal empty
+    redirect unauthorised missing quota no_schema no_temperature new_limit; or a function of the handler.
+    """
+
+    def __init__(self, answer: Callable[[dict[str, Any]], str]):
+        self.answer = answer
+        self.faults: dict[int, Any] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self._lock, outer = threading.Lock(), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer._lock:
+                    number = len(outer.bodies)
+                    outer.bodies.append(body)
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    outer._respond(self, outer.faults.get(number), body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def send(
+        self, handler: Any, status: int, value: Any, headers: dict[str, str] | None = None, short: int = 0
+    ) -> None:
+        """A response; `short` bytes fewer than it announces."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        handler.send_response(status)
+        for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            handler.send_header(name, text)
+        handler.end_headers()
+        handler.wfile.write(data[: len(data) - short])
+
+    def reply(self, text: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
+        """A whole answer, charged with 10 tokens asked and 5 answered."""
+        message = {"role": "assistant", "content": text, **more}
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
+
+    def _respond(self, handler: Any, fault: Any, body: dict[str, Any]) -> None:
+        def complain(name: str, code: str) -> dict[str, Any]:
+            return {
+                "error": {"message": f"Unsupported parameter: '{name}' is not supported", "code": code, "type": "x"}
+            }
+
+        secret = {"error": {"message": "SECRET report text", "code": "x", "type": "server_error"}}
+        quota = {"error": {"message": "SECRET", "code": "insufficient_quota"}}
+        filtered = {"error": {"message": "SECRET", "code": "content_filter"}}
+        simple: dict[str, tuple[Any, ...]] = {
+            "busy": (429, secret, {"Retry-After": "0.2"}),
+            "busy_ms": (429, secret, {"retry-after-ms": "150"}),
+            "busy_long": (429, secret, {"Retry-After": "4000"}),
+            "error": (500, secret),
+            "truncated": (200, self.reply("half of it"), None, 20),
+            "garbage": (200, b"\x00\xff<html>"),
+            "not_json": (200, b'{"choices": []}'),
+            "filtered": (200, self.reply("SECRET", "content_filter")),
+            "azure_filtered": (400, filtered),
+            "cut_off": (200, self.reply('{"half', "length")),
+            "refusal": (200, self.reply(None, refusal="SECRET")),
+            "empty": (200, self.reply(" ")),
+            "redirect": (307, b"", {"Location": "http://192.0.2.1/v1"}),
+            "unauthorised": (401, secret),
+            "missing": (404, secret),
+            "quota": (429, quota),
+            "no_schema": (400, complain("response_format", "unsupported_parameter")),
+            "no_temperature": (400, complain("temperature", "unsupported_value")),
+            "new_limit": (400, complain("max_tokens", "unsupported_parameter")),
+            "no_top_p": (422, {"detail": [{"loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}),
+            "too_large": (
+                400,
+                {
+                    "error": {
+                        "message": "max_tokens is too large: at most 10 are supported",
+                        "param": "max_tokens",
+                        "code": "invalid_value",
+                    }
+                },
+            ),
+            "bad_request": (400, {"error": {"message": "SECRET", "code": "context_length_exceeded"}}),
+        }
+        if callable(fault):
+            fault(handler)
+        elif fault == "slow":
+            time.sleep(1.5)
+        elif fault == "drip":  # a byte now and then: no single read is late
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            for _ in range(30):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+        elif fault == "disconnect":
+            handler.connection.close()
+        elif fault == "no_http":
+            handler.wfile.write(b"SSH-2.0-garbage\r\n")
+        elif fault:
+            self.send(handler, *simple[fault])
+        else:
+            self.send(handler, 200, self.reply(self.answer(body)))
+
+
+@pytest.fixture
+def chat_server() -> Iterator[Callable[[Callable[[dict[str, Any]], str]], ChatServer]]:
+    """Starts chat endpoints; all are stopped at the end of the test."""
+    servers: list[ChatServer] = []
+
+    def start(answer: Callable[[dict[str, Any]], str]) -> ChatServer:
+        servers.append(ChatServer(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from data import records, splits, tables
 from data.labels import CHEXPERT, chexpert_vector
 from data.reports import from_labels
+from rad_jax.chat.access import CREDENTIALED
 
 TABLE = "master_spreadsheet_update.csv"
 FRONTAL = ("PA", "AP")
@@ -27,6 +28,7 @@ class Brax(records.SourceBuilder):
     """BRAX: Brazilian chest radiographs with 14 labels. PhysioNet credentialed access; not to be passed on."""
 
     name = "brax"
+    access = CREDENTIALED
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data import dicom, labels, records, splits, tables
+from rad_jax.chat.access import CREDENTIALED
 
 TABLE, FILMS = "Pneumothorax_reports.csv", "dataset"
 
@@ -22,6 +23,7 @@ class CandidPtx(records.SourceBuilder):
     """CANDID-PTX: chest radiographs with reports and pneumothoraces. Its own agreement; not to be passed on."""
 
     name = "candid_ptx"
+    access = CREDENTIALED
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from data import labels, records, splits, tables
 from data.reports import from_labels
+from rad_jax.chat.access import PUBLIC
 from rad_jax.errors import UserError
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
@@ -45,6 +46,7 @@ class ChestXray14(records.SourceBuilder):
     """NIH ChestX-ray14: frontal chest radiographs with 14 labels. NIH Clinical Center, Wang et al. 2017."""
 
     name = "chestxray14"
+    access = PUBLIC
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from data import records, tables
 from data.labels import CHEXPERT, chexpert_vector
 from data.reports import from_labels
+from rad_jax.chat.access import CREDENTIALED
 
 _SPLITS = {"train": "train", "valid": "validation"}
 PLUS = "df_chexpert_plus_240401.csv"
@@ -35,6 +36,7 @@ class CheXpert(records.SourceBuilder):
     """CheXpert: chest radiographs of Stanford with 14 labels. Research use agreement; not to be passed on."""
 
     name = "chexpert"
+    access = CREDENTIALED
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:
@@ -79,6 +81,7 @@ class CheXpertPlus(records.SourceBuilder):
     """CheXpert Plus: chest radiographs of Stanford with reports. Research use agreement; not to be passed on."""
 
     name = "chexpert_plus"
+    access = CREDENTIALED
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -24,13 +24,18 @@ METHODS = ("rule-based", "gpt4")  # the order of a film's texts
 FRONTAL = ("AP", "PA")
 
 
+def _published(text: Any) -> bool:
+    """Whether a text is one of the annotations' own, and not added when packing."""
+    return text["method"] in METHODS
+
+
 def _has_findings(record: Any, text: Any) -> bool:
-    return text["findings"] is not None  # an empty string is findings, to the original
+    return _published(text) and text["findings"] is not None  # an empty string is findings, to the original
 
 
 # The five loaders of LLaVA-Rad by their names. The original's test set keeps to the rule-based texts.
 LOADERS = {
-    "default": Selection(lambda record, text: True, "stored"),
+    "default": Selection(lambda record, text: _published(text), "stored"),
     "mimic_train_findings": Selection(lambda record, text: _has_findings(record, text) and record["view"] in FRONTAL),
     "mimic_test_findings": Selection(
         lambda record, text: (

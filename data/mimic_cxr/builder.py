@@ -27,6 +27,7 @@ from data.labels import CHEXPERT, NOT_STATED, chexpert_vector
 from data.mimic_cxr import annotations as llava_rad
 from data.reports import sections
 from data.selections import COMMON, Selection
+from rad_jax.chat.access import CREDENTIALED
 from rad_jax.errors import UserError
 
 FILES, TABLE = "files", "mimic-cxr-2.0.0-{}.csv"
@@ -37,6 +38,7 @@ class MimicCxr(records.SourceBuilder):
     """MIMIC-CXR-JPG with the texts of the LLaVA-Rad annotations. PhysioNet credentialed access; not to be passed on."""
 
     name = "mimic_cxr"
+    access = CREDENTIALED
     selections: ClassVar = {**COMMON, **llava_rad.LOADERS}
     published = llava_rad.PUBLISHED
 
@@ -62,6 +64,7 @@ class MimicCxrReports(records.SourceBuilder):
     """MIMIC-CXR-JPG with MIMIC-CXR's reports, split into sections by rules. PhysioNet credentialed access; not to be passed on."""
 
     name = "mimic_cxr_reports"
+    access = CREDENTIALED
     fixes: ClassVar[frozenset[str]] = frozenset()
     method = "rule-based"
 
@@ -75,14 +78,15 @@ class MimicCxrReports(records.SourceBuilder):
         split_of = tables.read(split_table, "dicom_id", "study_id", "subject_id", "split")
         views = {row["dicom_id"]: row["ViewPosition"] for row in tables.read(view_table, "dicom_id", "ViewPosition")}
         labels = self._labels()
-        texts: dict[str, list[dict[str, str | None]]] = {}
+        read: dict[str, tuple[str | None, list[dict[str, str | None]]]] = {}
         of_split: dict[str, list[records.Film]] = {split: [] for split in records.SPLITS}
         for row in split_of:
             patient, study, dicom = row["subject_id"], row["study_id"], row["dicom_id"]
             place = folder / f"p{patient[:2]}" / f"p{patient}"
-            if study not in texts:
-                texts[study] = self._texts(place / f"s{study}.txt")
-            if not texts[study]:
+            if study not in read:
+                read[study] = self._report(place / f"s{study}.txt")
+            report, texts = read[study]
+            if not texts and not (report and self.keeps(report)):
                 self.skipped.append(records.Skip(dicom, f"{dicom}.jpg", "no report with findings or impression"))
                 continue
             view = views.get(dicom, "")
@@ -93,7 +97,8 @@ class MimicCxrReports(records.SourceBuilder):
                 study=study,
                 view=view,
                 frontal=view in llava_rad.FRONTAL,
-                texts=texts[study],
+                texts=texts,
+                report=report,
                 labels=labels.get(study, (NOT_STATED,) * len(CHEXPERT)),
                 source="MIMIC-CXR-JPG, MIMIC-CXR reports",
             )
@@ -101,26 +106,26 @@ class MimicCxrReports(records.SourceBuilder):
         _check_patients(of_split)
         return {split: self.present(films) for split, films in of_split.items()}
 
-    def _texts(self, path: Path) -> list[dict[str, str | None]]:
-        """The text of a report file, in a list; empty where there is no file, or neither findings nor impression."""
+    def _report(self, path: Path) -> tuple[str | None, list[dict[str, str | None]]]:
+        """A report file, None where there is none, and its text in a list, empty where it has neither findings nor impression."""
         self.counts["reports"] += 1
         try:
             report = path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             self.counts["reports missing"] += 1
-            return []
+            return None, []
         for fix in sections.differences(report):
             self.counts[f"reports that the fix {fix!r} changes"] += 1
         found = {name: " ".join(text.split()) or None for name, text in sections.extract(report, self.fixes).items()}
         for name in ("findings", "impression"):
             self.counts[f"reports with {name}"] += found.get(name) is not None
         if not (found.get("findings") or found.get("impression")):
-            return []
+            return report, []
         indication = found.get("indication") or found.get("history")
         words = records.text(
             found.get("findings"), impression=found.get("impression"), indication=indication, method=self.method
         )
-        return [words]
+        return report, [words]
 
     def _labels(self) -> dict[str, list[int]]:
         """Study -> CheXpert's labels, where the table is there."""

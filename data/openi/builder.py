@@ -24,6 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from data import records, splits
+from rad_jax.chat.access import PUBLIC
 from rad_jax.errors import UserError
 
 REPORTS, FILMS, VIEWS = "ecgen-radiology", "NLMCXR_png", "openi_image_views.csv"
@@ -33,6 +34,7 @@ class OpenI(records.SourceBuilder):
     """Chest radiographs with reports of Indiana University: Open-I, Demner-Fushman et al. 2016, CC BY-NC-ND 4.0."""
 
     name = "openi"
+    access = PUBLIC
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from data import labels, records, splits, tables
 from data.reports import from_labels
 from data.selections import COMMON, Selection
+from rad_jax.chat.access import CREDENTIALED
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 COLUMNS = ("ImageID", "ImageDir", "StudyID", "PatientID", "PatientBirth", "PatientSex_DICOM", "StudyDate_DICOM")
@@ -53,6 +54,8 @@ class PadChest(records.SourceBuilder):
     """PadChest: chest radiographs with Spanish reports. BIMCV research use agreement; not to be passed on."""
 
     name = "padchest"
+    access = CREDENTIALED
+    language = "es"
     selections = {name: _english(selection) for name, selection in COMMON.items()} | {
         SPANISH: Selection(lambda record, text: text["method"] == SPANISH)
     }

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from data import records
 from data.phantom.study import studies_of, study
 from rad_jax import images
+from rad_jax.chat.access import PUBLIC
 from rad_jax.errors import UserError
 
 STUDIES, IMAGE_SIZE = 4600, 112
@@ -80,6 +81,7 @@ class Phantom(records.CorpusBuilder):
     """Procedurally drawn chest radiographs with reports, labels and boxes that are known exactly."""
 
     name = "phantom"
+    access = PUBLIC
 
     def __init__(self, *, studies: int = STUDIES, image_size: int = IMAGE_SIZE, seed: int = 0, **kwargs: Any):
         """Args: studies: in all splits together; image_size: pixels on each side; seed: of everything."""

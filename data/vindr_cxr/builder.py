@@ -23,6 +23,7 @@ from typing import Any
 
 from data import labels, records, splits, tables
 from data.reports import from_labels
+from rad_jax.chat.access import CREDENTIALED
 from rad_jax.errors import UserError
 
 _IDS = ("image_id", "rad_id", "rad_ID")
@@ -50,6 +51,7 @@ class VinDrCxr(records.SourceBuilder):
     """VinDr-CXR: Vietnamese chest radiographs with labels and boxes. PhysioNet credentialed access; not to be passed on."""
 
     name = "vindr_cxr"
+    access = CREDENTIALED
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from data.labels import CHEXPERT
 from data.mimic_cxr import annotations
 from data.mimic_cxr.builder import MimicCxr, MimicCxrReports
 from data.packing import Arguments, pack
+from data.reports import structure
 from rad_jax import prompts
 from rad_jax.errors import UserError
 from rad_jax.input_pipeline import Corpus, train_iterator
@@ -322,3 +323,44 @@ def test_the_published_counts_add_up():
     for split in ("train", "validation"):
         assert train[split] == rules[split] + gpt4[split]
     assert (train["train"], counts["mimic_test_findings"]["test"]) == (400_042, 2_461)
+
+
+def test_reports_that_the_rules_cannot_read_may_be_structured(reports, tmp_path):
+    """A report without findings and impression is no film's, unless a language model has found some in it."""
+    builder = MimicCxrReports(source=reports, image_size=16, data_dir=tmp_path)
+    documents = builder.documents()
+    assert not {skip.reason for skip in builder.skipped} - {"no report with findings or impression"}
+    rows = [
+        structure.row(key, dict.fromkeys(structure.SECTIONS) | {"findings": f"Edema {number}."}, "credentialed")
+        for number, key in enumerate(documents)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = arguments(reports, "mimic_cxr_reports", structured=str(tmp_path / "s.jsonl"))
+    manifest, _ = pack(given, tmp_path / "c", workers=1, progress=False)
+    assert manifest["access"] == "credentialed"
+    assert manifest["summary"]["skipped"] == {"no report with findings or impression": 1}  # the one without a report
+    corpus = Corpus.open(tmp_path / "c")
+    found = [row for split in corpus.splits for row in rows_of(corpus, split, "all.llm")]
+    assert len(found) == 5 and all(row["findings"].startswith("Edema") for row in found)
+    alone = [row for row in found if not row["id"].endswith("~llm")]
+    assert len(alone) == 1  # its only text
+
+
+def test_structured_reports_are_in_no_loader(miniature, tmp_path):
+    """The published selections keep their rows when texts are added."""
+    builder = MimicCxr(source=miniature, image_size=16, data_dir=tmp_path)
+    rows = [
+        structure.row(key, dict.fromkeys(structure.SECTIONS) | {"findings": "Edema."}, "credentialed")
+        for key in builder.documents()
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without, _ = pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
+    given = arguments(miniature, structured=str(tmp_path / "s.jsonl"))
+    manifest, _ = pack(given, tmp_path / "d", workers=1, progress=False)
+    for name in annotations.LOADERS:
+        found = manifest["selections"][name]["splits"]
+        assert {split: index["rows"] for split, index in found.items()} == {
+            split: index["rows"] for split, index in without["selections"][name]["splits"].items()
+        }
+    assert manifest["selections"]["all.llm"]["splits"]["train"]["rows"] > 0
+    assert manifest["published"] == without["published"]

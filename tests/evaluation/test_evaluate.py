@@ -68,7 +68,7 @@ class MemoryCorpus(Corpus):
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryCorpus:
     splits = {name: len(rows) for name, rows in RECORDS.items()}
-    made = MemoryCorpus(Path("memory"), {"dataset": "phantom", "image_size": 32, "splits": splits})
+    made = MemoryCorpus(Path("memory"), {"dataset": "phantom", "access": "public", "image_size": 32, "splits": splits})
     monkeypatch.setattr(Corpus, "open", classmethod(lambda cls, path: made))
     return made
 
