@@ -173,6 +173,7 @@ def options(source, out, endpoint, **other):
     return types.SimpleNamespace(**values | other)
 
 
+@pytest.mark.slow
 def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
     server = chat_server(structurer)
     server.faults = {
