@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
 
 def test_what_a_corpus_holds(corpus):
     out, manifest = corpus
-    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "index", "phantom", "skipped.csv", "tokenizer.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "index", "phantom", "shards.json", "skipped.csv", "tokenizer.json"]
     assert [p.name for p in out.parent.iterdir()] == ["corpus"]
     assert json.loads((out / "corpus.json").read_text()) == manifest
     assert manifest["format_version"] == 1 and manifest["builder_dir"] == "phantom/1.0.0"
@@ -55,6 +55,7 @@ def test_what_a_corpus_holds(corpus):
         "skipped": {},
         "counts": {},
         "duplicate_images": equal,
+        "near_duplicates": equal,
         "views": {"PA": 14, "AP": 6},
     }
     manifest["summary"]["bytes"] = size
