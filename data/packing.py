@@ -135,9 +135,7 @@ def pack(
         prompts.load_tokenizer(arguments.tokenizer)  # before the long work, not after it
     config = _beam_config(beam)
     with staging(out, arguments.identity() | _versions()) as (folder, work):
-        builder = arguments.builder(
-            data_dir=folder, work=work, workers=workers, progress=progress, bad_rows=bad_rows
-        )
+        builder = arguments.builder(data_dir=folder, work=work, workers=workers, progress=progress, bad_rows=bad_rows)
         _build(builder, folder, config)
         manifest = _manifest(arguments, builder, folder, _tokenizer(arguments, builder, folder))
         _write_skipped(builder, folder)

@@ -144,17 +144,16 @@ def make(film: Film, size: int) -> dict[str, Any] | Skip:
         view = "LATERAL" if header.lateral else header.view
         film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
     try:
-        pixels = images.load_grey(film.path)
+        small, shape = images.load_short(film.path, size)
     except UserError:
         return Skip(film.id, film.path.name, "unreadable image")
-    small = images.resize_short(pixels, size)
-    scale = [small.shape[1] / pixels.shape[1], small.shape[0] / pixels.shape[0]] * 2
+    scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
     boxed = [
         {**a, "box": [round(v * s, 1) for v, s in zip(a["box"], scale, strict=True)]} if a.get("box") else {**a}
         for a in film.annotations
     ]
     known = {field.name: getattr(film, field.name) for field in dataclasses.fields(film) if field.name != "path"}
-    return record(image=small, shape=pixels.shape, **known | {"annotations": boxed})
+    return record(image=small, shape=shape, **known | {"annotations": boxed})
 
 
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
@@ -174,7 +173,13 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
     _checksums_path = None
 
     def __init__(
-        self, *, workers: int = 1, progress: bool = False, bad_rows: float = 1.0, work: Path | None = None, **kwargs: Any
+        self,
+        *,
+        workers: int = 1,
+        progress: bool = False,
+        bad_rows: float = 1.0,
+        work: Path | None = None,
+        **kwargs: Any,
     ):
         """Nothing is read yet.
 
@@ -243,9 +248,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
             self.skipped += receipt.skipped
             self.views.update(receipt.views)
             self.written[task.split] += receipt.records
-        self.info.set_splits(
-            splits.SplitDict([self._place(split, parts) for split, parts in of_split.items()])
-        )
+        self.info.set_splits(splits.SplitDict([self._place(split, parts) for split, parts in of_split.items()]))
 
     def _place(self, split: str, parts: Sequence[tuple[shards.Task, shards.Receipt]]) -> Any:
         """Gives a split's shards the names that TFDS wants, empty ones left out; returns what TFDS is to know of it."""
@@ -257,7 +260,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
             )
         template = self._get_filename_template(split)
         full = [(task, receipt) for task, receipt in parts if receipt.records]
-        for number, (task, receipt) in enumerate(full):
+        for number, (task, _) in enumerate(full):
             place = template.sharded_filepath(shard_index=number, num_shards=len(full))
             shards.place(task, Path(place))
         return splits.SplitInfo(

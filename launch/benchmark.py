@@ -16,9 +16,9 @@ suites
                   need is deleted.
   input           batches of films: ours from packed shards; theirs is --peer, a torch DataLoader that opens, scales, crops and normalises
                   image files and tokenises (LLaVA-Rad's way). It draws 24 films of 2,544 x 3,056 pixels, packs them with the tokenizer
-                  of --tokenizer, and refuses sides that differ in a pixel or a token. Four rows: `raw_films`, theirs from the films;
-                  `same_images`, theirs from the stored images; `transform_only`, a film from file to square on one core;
-                  `packing`, ours from films to shards beside theirs reading the films once. Seconds are for 1,000 images. Then the
+                  of --tokenizer, and refuses sides that differ in a pixel or a token. Rows: `raw_films`, theirs from the films; `same_images`,
+                  theirs from the stored images; `transform_only`, a decoded film to a square on one core, and `film_to_square`, the
+                  same with reading and decoding the file; `packing`, ours from films to shards beside theirs reading the films once. Seconds are for 1,000 images. Then the
                   images a second that each host of a pod must feed, and whether it can. Three minutes.
 
 Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In all but `weights` each side is a process that waits while
@@ -44,10 +44,14 @@ _DIR = flags.DEFINE_string(
     "dir", "out/benchmark", "Folder for `weights` and `input` to work in; what is made there is deleted again."
 )
 _PEER = flags.DEFINE_string(
-    "peer", "../shared/peer/peer_torch_input.py", "Program of the other side of `input`: takes a folder, prints its time as JSON."
+    "peer",
+    "../shared/peer/peer_torch_input.py",
+    "Program of the other side of `input`: takes a folder, prints its time as JSON.",
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "../shared/real/tokenizer/llama2_tokenizer.model", "tokenizer.model or tokenizer.json of both sides of `input`."
+    "tokenizer",
+    "../shared/real/tokenizer/llama2_tokenizer.model",
+    "tokenizer.model or tokenizer.json of both sides of `input`.",
 )
 _COMPILED = flags.DEFINE_list("compiled", [], "Files of launch.compile --json, for what a host must feed in `input`.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows.")

@@ -59,7 +59,9 @@ _BAD_ROWS = flags.DEFINE_float(
     "bad_rows", 1.0, "Share of the films that may be missing or damaged.", lower_bound=0.0, upper_bound=1.0
 )
 _BEAM = flags.DEFINE_list(
-    "beam_pipeline_options", None, "Pack on Apache Beam: its options as name=value,name=value, as `tfds build` takes them."
+    "beam_pipeline_options",
+    None,
+    "Pack on Apache Beam: its options as name=value,name=value, as `tfds build` takes them.",
 )
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per CPU core.", lower_bound=1)
 

@@ -50,16 +50,17 @@ def load_grey(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, is cut short or damaged, has several frames, or is a colour DICOM.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if data.startswith(_SIGNATURES):
-        return _decode(data, str(path))
-    if data[128:132] == b"DICM" or (data and path.suffix.lower() in _DICOM_SUFFIXES):
-        return _decode_dicom(data, str(path))
-    raise UserError(f"{path}: not a PNG, JPEG or DICOM file")
+    return np.array(_open(path))
+
+
+def load_short(path: str | os.PathLike[str], size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """`resize_short` of `load_grey`, without an array of the whole film in between.
+
+    Returns:
+        uint8 [Y', X'], and the film's own (Y, X).
+    """
+    film = _open(path)
+    return np.asarray(film.resize(_short_shape(film.size, size), Image.Resampling.BICUBIC)), (film.height, film.width)
 
 
 def resize_short(image: np.ndarray, size: int) -> np.ndarray:
@@ -74,11 +75,8 @@ def resize_short(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         uint8 [Y', X'].
     """
-    height, width = image.shape
-    short, long = sorted((height, width))
-    scaled = int(size * long / short)
-    shape = (size, scaled) if width <= height else (scaled, size)
-    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    film = Image.fromarray(image)
+    return np.asarray(film.resize(_short_shape(film.size, size), Image.Resampling.BICUBIC))
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -157,7 +155,7 @@ def decode_png(data: bytes) -> np.ndarray:
     Raises:
         UserError: the bytes are no whole grey image.
     """
-    return _decode(data, "stored image")
+    return np.array(_decode(data, "stored image"))
 
 
 def normalise(images: Any, xp: Any = np, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Any:
@@ -175,18 +173,39 @@ def normalise(images: Any, xp: Any = np, mean: Sequence[float] = MEAN, std: Sequ
     return (unit - xp.asarray(mean, xp.float32)) / xp.asarray(std, xp.float32)
 
 
-def _decode(data: bytes, name: str) -> np.ndarray:
-    """Decodes a PNG or JPEG to uint8 [Y, X]; Pillow refuses a file that ends early."""
+def _short_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """Width and height of a film of this width and height when its short side is `size`."""
+    width, height = shape
+    short, long = sorted(shape)
+    scaled = int(size * long / short)
+    return (size, scaled) if width <= height else (scaled, size)
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    """A film as an image of mode L, decoded; raises as `load_grey`."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if data.startswith(_SIGNATURES):
+        return _decode(data, str(path))
+    if data[128:132] == b"DICM" or (data and path.suffix.lower() in _DICOM_SUFFIXES):
+        return Image.fromarray(_decode_dicom(data, str(path)))
+    raise UserError(f"{path}: not a PNG, JPEG or DICOM file")
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    """Decodes a PNG or JPEG to an image of mode L; Pillow refuses a file that ends early."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"{name}: has several frames, only single films can be read")
             image.load()
             if image.mode.startswith(_DEEP_MODES):
-                return _spread(np.asarray(image))
+                return Image.fromarray(_spread(np.asarray(image)))
             # Transparency carries no film; through RGB, because the luma of a palette is only defined there.
-            grey = image if image.mode == "L" else image.convert("RGB").convert("L")
-            return np.array(grey)
+            return image.copy() if image.mode == "L" else image.convert("RGB").convert("L")
     # The PNG reader raises SyntaxError and ValueError on damage, the JPEG reader OSError.
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: damaged or incomplete image ({_first_line(error)})") from error

@@ -338,3 +338,12 @@ def test_a_cut_codestream_in_a_whole_dicom_is_refused(tmp_path):
     dataset.save_as(tmp_path / "half.dcm")
     with pytest.raises(UserError, match=r"half\.dcm"):
         images.load_grey(tmp_path / "half.dcm")
+
+
+def test_a_short_film_without_an_array_of_the_whole(tmp_path):
+    for name, shape in (("tall.png", (90, 61)), ("wide.jpg", (33, 80))):
+        pixels = film(*shape)
+        Image.fromarray(pixels).save(tmp_path / name)
+        small, found = images.load_short(tmp_path / name, 24)
+        assert found == shape
+        np.testing.assert_array_equal(small, images.resize_short(images.load_grey(tmp_path / name), 24))
