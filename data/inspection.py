@@ -20,7 +20,7 @@ from rad_jax.errors import UserError
 from rad_jax.input_pipeline import Corpus
 
 STATES = {1: "positive", 0: "negative", -1: "uncertain"}  # of a label; -2 is not stated
-_COUNTED = ("view", "sex", "source")
+_COUNTED = ("view", "sex")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Facts:
         films: records that were counted, of each split.
         tokens: tokens of each findings section, of each split, int64.
         labels: (label, state) -> films; states are those of STATES.
-        counts: "view", "sex", "source", "method" (of the texts) and "sections" -> value -> how often.
+        counts: "view", "sex", "method" (of the texts) and "sections" -> value -> how often.
         patients: of each split.
         boxes: films with boxes.
         samples: some records, evenly spaced over each split, with "split" and decoded texts.

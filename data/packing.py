@@ -52,6 +52,7 @@ class Arguments:
         image_size: short side of the stored images, in pixels.
         studies: number of phantom studies; seed: of the phantom.
         tokenizer: a file to copy, or None to train one of `vocab_size` pieces.
+        dicom: one of `images.DICOM_STYLES`; the phantom has none.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Arguments:
     seed: int
     tokenizer: str | None
     vocab_size: int
+    dicom: str = "window"
 
     def check(self) -> None:
         """Raises UserError when these cannot be packed."""
@@ -84,7 +86,7 @@ class Arguments:
             known |= {"studies": self.studies, "seed": self.seed}
         else:
             defining = builder_class(self.dataset).defining(Path(self.source or ""))
-            known["source"] = _sha256_of(defining)
+            known |= {"source": _sha256_of(defining), "dicom": self.dicom}
         if self.tokenizer:
             return known | {"tokenizer": _sha256(Path(self.tokenizer))}
         return known | {"vocab_size": self.vocab_size}
@@ -93,7 +95,9 @@ class Arguments:
         """The TFDS builder of this data set; `options` as `CorpusBuilder` and TFDS have them."""
         options |= {"image_size": self.image_size}
         options |= (
-            {"studies": self.studies, "seed": self.seed} if self.dataset == "phantom" else {"source": self.source}
+            {"studies": self.studies, "seed": self.seed}
+            if self.dataset == "phantom"
+            else {"source": self.source, "dicom": self.dicom}
         )
         made: CorpusBuilder = builder_class(self.dataset)(**options)
         return made

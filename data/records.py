@@ -132,8 +132,8 @@ class Film:
     annotations: Sequence[Mapping[str, Any]] = ()
 
 
-def make(film: Film, size: int) -> dict[str, Any] | Skip:
-    """The record of a film, its short side scaled to `size` pixels, or why there is none.
+def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] | Skip:
+    """The record of a film, its short side scaled to `size` pixels, or why there is none; `dicom_style` is one of `images.DICOM_STYLES`.
 
     A DICOM header is believed where the corpus says nothing: it gives the view, and refuses what is no single grey film of a chest.
     """
@@ -144,7 +144,7 @@ def make(film: Film, size: int) -> dict[str, Any] | Skip:
         view = "LATERAL" if header.lateral else header.view
         film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
     try:
-        small, shape = images.load_short(film.path, size)
+        small, shape = images.load_short(film.path, size, dicom_style)
     except UserError:
         return Skip(film.id, film.path.name, "unreadable image")
     scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
@@ -290,9 +290,9 @@ def serialise(made: dict[str, Any]) -> bytes:
 class SourceBuilder(CorpusBuilder):
     """Base of the builders that read films from a folder; a subclass gives `defining` and `jobs`, which makes a `Film` of each."""
 
-    def __init__(self, *, source: str | Path, image_size: int, **kwargs: Any):
-        """Args: source: the folder; image_size: pixels of the stored images' short side."""
-        self.source, self.image_size = Path(source), image_size
+    def __init__(self, *, source: str | Path, image_size: int, dicom: str = "window", **kwargs: Any):
+        """Args: source: the folder; image_size: pixels of the stored images' short side; dicom: one of `images.DICOM_STYLES`."""
+        self.source, self.image_size, self.dicom = Path(source), image_size, dicom
         super().__init__(**kwargs)
 
     @classmethod
@@ -308,7 +308,7 @@ class SourceBuilder(CorpusBuilder):
         return tfds.core.DatasetInfo(builder=self, description=self.__doc__ or "", features=features())
 
     def maker(self) -> Callable[[Film], dict[str, Any] | Skip]:
-        return functools.partial(make, size=self.image_size)
+        return functools.partial(make, size=self.image_size, dicom_style=self.dicom)
 
     def key(self, job: Film) -> str:
         return job.id

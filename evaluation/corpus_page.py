@@ -23,6 +23,7 @@ _STYLE = """
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 18px; align-items: start; }
 .samples .report dd { white-space: pre-line; max-height: 16em; overflow-y: auto; }
 .halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; align-items: start; }
+@media (min-width: 561px) { .tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 170px), 1fr)); } }
 .warning { border-left-color: var(--invented); }
 """
 _SIDE = 336  # pixels of a film on the page
@@ -66,7 +67,7 @@ def write(
         body.append(f'<section id="shared"><h2>In two splits</h2>{page._table(shared)}</section>')
     body += [_part(number, part, len(parts) > 1) for number, part in enumerate(parts)]
     links = [(f"part{number}-{key}", f"{part['name']}: {name}" if len(parts) > 1 else name)
-             for number, part in enumerate(parts) for key, name in (("counts", "Counts"), ("films", "Films"))]  # fmt: skip
+             for number, part in enumerate(parts) for key, name in (("counts", "Counts"), ("films", "Films"), ("tables", "Tables"))]  # fmt: skip
     html = Template((here / "page.html.template").read_text(encoding="utf-8")).substitute(
         title="Corpus: " + escape(", ".join(part["name"] for part in parts)),
         subtitle="What a training would read: look before you spend a pod on it.",
@@ -100,9 +101,9 @@ def _part(number: int, part: Part, named: bool) -> str:
     films = "".join(_sample(sample) for sample in part["samples"])
     return (
         f'<section id="part{number}-counts"><h2>{name}Counts</h2>{page._tiles(part["tiles"])}'
-        f'<h2>{name}Lengths</h2><div class="halves">{drawn}</div><h2>{name}Tables</h2><div class="halves">{tables}</div></section>'
-        f'<section id="part{number}-films"><h2>{name}Films</h2>'
-        f'<p class="hint">Evenly spaced over the splits, not chosen. White: published boxes.</p><div class="samples">{films}</div></section>'
+        f'<h2>{name}Lengths</h2><div class="halves">{drawn}</div></section><section id="part{number}-films"><h2>{name}Films</h2>'
+        f'<p class="hint">Evenly spaced over the splits, not chosen. White: boxes of the corpus.</p><div class="samples">{films}</div></section>'
+        f'<section id="part{number}-tables"><h2>{name}Tables</h2><div class="halves">{tables}</div></section>'
     )
 
 

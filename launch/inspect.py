@@ -121,7 +121,7 @@ def tables(facts: Any, text_length: int) -> list[dict[str, Any]]:
     rows = [[name, *(of["splits"][split]["rows"] for split in splits)] for name, of in selections.items()]
     long = [[split, len(of), int((of > text_length).sum())] for split, of in facts.tokens.items()]
     reasons = Counter(row["reason"] for row in facts.skipped).most_common()
-    first = [[row["id"], row["image"], row["reason"]] for row in facts.skipped[:20]]
+    first = [[row["id"], Path(row["image"]).name, row["reason"]] for row in facts.skipped[:20]]
     found = [
         {"title": "Labels", "columns": ["label", *STATES.values()], "rows": [row for row in labels if any(row[1:])]},
         {"title": "Selections, rows of an epoch", "columns": ["selection", *splits], "rows": rows},
@@ -134,7 +134,6 @@ def tables(facts: Any, text_length: int) -> list[dict[str, Any]]:
         "sex": "Sex",
         "sections": "Sections",
         "method": "Methods of the texts",
-        "source": "Sources",
     }
     return found + [
         {

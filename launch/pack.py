@@ -5,7 +5,8 @@ The phantom, drawn chest radiographs with known findings (PHANTOM_SEED=n gives a
   python -m launch.pack --dataset=phantom --image_size=112 --out=out/phantom
 
 Your own data, a folder with images and one CSV (columns image, findings; optional indication, impression, patient,
-view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM):
+view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
+equalises as MIMIC-CXR-JPG was made, for films that join that corpus):
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films
 
@@ -44,7 +45,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data.corpora import CORPORA
-from rad_jax import errors
+from rad_jax import errors, images
 from rad_jax.errors import UserError
 
 _DATASET = flags.DEFINE_enum("dataset", None, [*CORPORA, "mixture"], "What to pack.", required=True)
@@ -55,6 +56,12 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 518, "Short side of the stored 
 _STUDIES = flags.DEFINE_integer("studies", 4600, "Phantom studies, about 87 % train, 4 % validation, 9 % test.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, tokenizer.model or vocab.txt to use as it is.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "Pieces of the tokenizer trained when none is given.")
+_DICOM = flags.DEFINE_enum(
+    "dicom",
+    "window",
+    images.DICOM_STYLES,
+    "Grey values of DICOM films: as the file says, or as MIMIC-CXR-JPG was made.",
+)
 _BAD_ROWS = flags.DEFINE_float(
     "bad_rows", 1.0, "Share of the films that may be missing or damaged.", lower_bound=0.0, upper_bound=1.0
 )
@@ -85,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
         seed=seed_from_environment(),
         tokenizer=_TOKENIZER.value,
         vocab_size=_VOCAB_SIZE.value,
+        dicom=_DICOM.value,
     )
     beam = [f"--{option}" for option in _BEAM.value] if _BEAM.value else None
     workers = _WORKERS.value or os.cpu_count() or 1
