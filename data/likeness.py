@@ -52,7 +52,7 @@ def near_pairs(looks: np.ndarray) -> np.ndarray:
         int64 [pairs, 2], each pair once, the smaller number first, in order.
     """
     bits = np.unpackbits(looks, axis=1)[:, _ORDER]
-    bands = np.packbits(bits, axis=1).reshape(len(looks), _BANDS, -1)
+    bands = np.packbits(bits, axis=1).reshape(len(looks), _BANDS, BITS // 8 // _BANDS)
     found: list[np.ndarray] = []
     for band in range(_BANDS):
         keys = np.ascontiguousarray(bands[:, band]).view(np.uint32)[:, 0]

@@ -169,6 +169,8 @@ def run(tasks: Sequence[Task], workers: int, progress: bool, bad_rows: float) ->
             done[task.path] = receipt
             bar.update(receipt.wanted)
             check_broken(list(done.values()), bad_rows, total)
+    for part in {part for folder in {task.path.parent for task in tasks} for part in folder.glob("*.part")}:
+        part.unlink()  # of a process that was killed
     return [done[task.path] for task in tasks]
 
 

@@ -47,8 +47,8 @@ def test_studies_of_different_patients_differ():
 def test_pairs_equal_those_of_all_comparisons(count):
     rng = np.random.default_rng(1)
     looks = rng.integers(0, 256, (count, 32), dtype=np.uint8)
-    for number in range(count // 2, count):  # flips of 0 to 11 bits of an earlier one
-        bits = np.unpackbits(looks[rng.integers(count // 2)])
+    for number in range(max(count // 2, 1), count):  # flips of 0 to 11 bits of an earlier one
+        bits = np.unpackbits(looks[rng.integers(max(count // 2, 1))])
         bits[rng.choice(256, number % 12, replace=False)] ^= 1
         looks[number] = np.packbits(bits)
     looks = np.unique(looks, axis=0)

@@ -322,7 +322,12 @@ def test_a_pack_that_was_stopped_goes_on(tmp_path, monkeypatch):
         pack(many, tmp_path / "c", workers=1, progress=False)
     left = tmp_path / ".c.packing" / "shards"
     assert len(list(left.glob("*.array_record"))) == 3 and not (tmp_path / "c").exists()
-    monkeypatch.setattr(shards, "write", lambda task: written.append(task.path) or write(task))
+
+    def counting(task):
+        written.append(task.path)
+        return write(task)
+
+    monkeypatch.setattr(shards, "write", counting)
     manifest, packed = pack(many, tmp_path / "c", workers=1, progress=False)
     assert packed and len(written) == len(set(written))  # no shard was written twice
     assert manifest["fingerprint"] == whole["fingerprint"]
