@@ -27,8 +27,7 @@ Batch = dict[str, np.ndarray]
 # What is made of a record; "prompt" is v1 up to where the answer begins, for generation; "text" is plain and v1 by turns, with the
 # impression in place of the image, for pretraining.
 TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
-CROPS = ("centre", "random")
-DAMAGED = ("error", "count")
+CROPS, DAMAGED = ("centre", "random"), ("error", "count")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
 _PADDING = -1
@@ -55,8 +54,7 @@ class Corpus:
 
         Args:
             path: its folder.
-            damaged: one of DAMAGED: "error", or "count", by which the rows of shards that are missing or damaged get weight 0;
-                `lost` names those shards.
+            damaged: one of DAMAGED; with "count" the rows of shards that are missing or damaged get weight 0, and `lost` names those.
 
         Raises:
             UserError: no corpus there, one of another format version, or shards that are missing or damaged.
@@ -170,13 +168,7 @@ class Corpus:
 
     @functools.cached_property
     def lost(self) -> list[str]:
-        """A sentence for each shard that is missing, damaged or of another length; the dataset itself would notice only when reading a record.
-
-        Raises:
-            UserError: the dataset cannot be read at all, or is not the one that was packed.
-        """
-        from array_record.python.array_record_module import ArrayRecordReader
-
+        """A sentence for each shard that is missing, damaged or of another length, as reading a record would show; raises as `open`."""
         if "members" in self.meta:
             return [sentence for member in self._members for sentence in member.lost]
         again = "copy or pack the corpus again"
@@ -190,13 +182,9 @@ class Corpus:
             if (info.num_examples if info else 0) != count:
                 raise UserError(f"{self.path}: corpus.json counts {count} {split} records, the dataset other, {again}")
             for name, length in zip(info.filepaths, info.shard_lengths, strict=True) if info else ():
-                if not os.path.exists(name):
-                    found.append(f"{name}: this shard of the corpus is missing, {again}")
-                    continue
-                reader = ArrayRecordReader(str(name))
-                if not reader.ok() or reader.num_records() != length:
-                    found.append(f"{name}: this shard of the corpus is damaged, {again}")
-                reader.close()
+                state = "missing" if not os.path.exists(name) else "damaged" if _records(str(name)) != length else ""
+                if state:
+                    found.append(f"{name}: this shard of the corpus is {state}, {again}")
         return found
 
 
@@ -245,6 +233,19 @@ class Mixture:
     def __getitem__(self, number: int) -> dict[str, Any]:
         source, row = map(int, self._rows[number])
         return self._sources[source][row]
+
+
+def _records(shard: str) -> int:
+    """Records of a shard; -1 of one that cannot be read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(shard)
+        count = reader.num_records() if reader.ok() else -1
+        reader.close()  # shows damage that the rest does not
+        return count
+    except RuntimeError:
+        return -1
 
 
 def _question(kind: str, view: str, text: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from rad_jax.input_pipeline import Corpus, train_iterator
 from rad_jax.prompts import load_tokenizer
 
 HEIGHT, WIDTH, QUALITY, SIZE = 3056, 2544, 95, 518
-FILMS, COPIES, BATCH, LENGTH = 24, 64, 16, 320
+FILMS, COPIES, BATCH, LENGTH = 24, 32, 16, 320
 RAW_ITEMS, SMALL_ITEMS, OUR_ITEMS, TRANSFORMS = 64, 256, 512, 12  # images of one run
 FLOORS = {"raw_films": 15.0, "same_images": 1.5, "transform_only": 2.0, "film_to_square": None, "packing": 1.5}
 # Template and crop of each stage's batches.
