@@ -166,7 +166,7 @@ def draw(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(folder: Path, tokenizer: Path, peer: Path, count: int = FILMS) -> None:
+def prepare(folder: Path, tokenizer: Path, peer: Path, count: int) -> None:
     """Draws the films, packs them, and writes the stored images beside; refuses sides that would not see the same.
 
     `corpus` has every film COPIES times: Grain's shuffle of a few rows is slow, as it never is on a real corpus.
@@ -246,7 +246,7 @@ def run(
         raise UserError(f"{folder} exists already: remove it, or give another --dir.")
     try:
         print(f"drawing and packing {FILMS} films ...", flush=True)
-        prepare(folder, tokenizer, peer)
+        prepare(folder, tokenizer, peer, FILMS)
         return measure(folder, folder / "corpus", rounds, threads, peer)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
