@@ -64,7 +64,7 @@ def pack(
     }
     if out.exists() and (found := existing(out, arguments)):
         return found, False
-    with staging(out) as folder:
+    with staging(out) as (folder, _):
         first = next(iter(corpora.values()))
         shutil.copyfile(first.path / first.meta["tokenizer"], folder / first.meta["tokenizer"])
         manifest = _write(folder, out, corpora, arguments)

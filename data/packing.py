@@ -1,7 +1,9 @@
 """Packs a corpus: builds it beside its place, adds tokenizer and manifest, and moves it there whole.
 
-A corpus folder holds the TFDS ArrayRecord data set, `corpus.json` (what it is), `index` (the rows of every selection),
-`skipped.csv` (what was left out and why) and the tokenizer. Until everything is written it lies in a hidden folder beside, so nothing half-written is found.
+A corpus folder holds the TFDS ArrayRecord data set, `corpus.json` (what it is), `index` (the rows of every selection), `shards.json`
+(length and checksum of every shard), `skipped.csv` (what was left out and why) and the tokenizer. Until everything is written it lies in a
+hidden folder beside, so nothing half-written is found. A pack that was stopped leaves its finished shards there, and the next one with the
+same arguments goes on from them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from PIL import features as pillow_features
 import rad_jax
 from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder
-from data.selections import duplicates, write_indices
+from data.selections import count_duplicates, write_indices
+from data.shards import Stopped, sha256
 from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
 
-MANIFEST = "corpus.json"
+MANIFEST, SHARDS = "corpus.json", "shards.json"
 _LEAST_STUDIES, _LEAST_IMAGE = 10, 16
 
 
@@ -50,6 +53,7 @@ class Arguments:
         studies: number of phantom studies; seed: of the phantom.
         tokenizer: a file to copy, or None to train one of `vocab_size` pieces.
         structured: a file of launch.structure, whose texts are packed beside the corpus's own.
+        dicom: one of `images.DICOM_STYLES`; the phantom has none.
     """
 
     dataset: str
@@ -60,6 +64,7 @@ class Arguments:
     tokenizer: str | None
     vocab_size: int
     structured: str | None = None
+    dicom: str = "window"
 
     def check(self) -> None:
         """Raises UserError when these cannot be packed."""
@@ -85,28 +90,34 @@ class Arguments:
             known |= {"studies": self.studies, "seed": self.seed}
         else:
             defining = builder_class(self.dataset).defining(Path(self.source or ""))
-            known["source"] = _sha256_of(defining)
+            known |= {"source": _sha256_of(defining), "dicom": self.dicom}
         if self.structured:
             known["structured"] = _sha256(Path(self.structured))
         if self.tokenizer:
             return known | {"tokenizer": _sha256(Path(self.tokenizer))}
         return known | {"vocab_size": self.vocab_size}
 
-    def builder(self, data_dir: Path, workers: int, progress: bool) -> CorpusBuilder:
-        """The TFDS builder of this data set."""
-        options: dict[str, Any] = {"image_size": self.image_size}
+    def builder(self, **options: Any) -> CorpusBuilder:
+        """The TFDS builder of this data set; `options` as `CorpusBuilder` and TFDS have them."""
+        options |= {"image_size": self.image_size}
         options |= (
             {"studies": self.studies, "seed": self.seed}
             if self.dataset == "phantom"
-            else {"source": self.source, "structured": self.structured}
+            else {"source": self.source, "structured": self.structured, "dicom": self.dicom}
         )
-        made: CorpusBuilder = builder_class(self.dataset)(
-            data_dir=data_dir, workers=workers, progress=progress, **options
-        )
+        made: CorpusBuilder = builder_class(self.dataset)(**options)
         return made
 
 
-def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -> tuple[dict[str, Any], bool]:
+def pack(
+    arguments: Arguments,
+    out: Path,
+    workers: int,
+    progress: bool = True,
+    *,
+    bad_rows: float = 1.0,
+    beam: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], bool]:
     """Packs a corpus into the folder `out`.
 
     Args:
@@ -114,12 +125,15 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
         out: the corpus folder; must not exist, be empty, or hold the corpus of the same arguments.
         workers: processes.
         progress: whether to show a bar.
+        bad_rows: share of the inputs that may be missing or damaged.
+        beam: options of Apache Beam, which then does the work instead of `workers`: ["--runner=DirectRunner", ...].
 
     Returns:
         The manifest, and whether it was packed now (False: it was there already).
 
     Raises:
-        UserError: wrong arguments or input, or `out` holds something else.
+        UserError: wrong arguments or input, `out` holds something else, or too many inputs are damaged.
+        shards.Stopped: worker processes were killed; the next call goes on.
     """
     arguments.check()
     out = out.expanduser().absolute()
@@ -129,9 +143,10 @@ def pack(arguments: Arguments, out: Path, workers: int, progress: bool = True) -
             return found, False
     if arguments.tokenizer:
         prompts.load_tokenizer(arguments.tokenizer)  # before the long work, not after it
-    with staging(out) as folder:
-        builder = arguments.builder(folder, workers, progress)
-        _build(builder, folder)
+    config = _beam_config(beam)
+    with staging(out, arguments.identity() | _versions()) as (folder, work):
+        builder = arguments.builder(data_dir=folder, work=work, workers=workers, progress=progress, bad_rows=bad_rows)
+        _build(builder, folder, config)
         manifest = _manifest(arguments, builder, folder, _tokenizer(arguments, builder, folder))
         _write_skipped(builder, folder)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -160,10 +175,12 @@ def existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to build in, removed at the end; what a killed pack left there is removed first.
+def staging(out: Path, identity: dict[str, Any] | None = None) -> Iterator[tuple[Path, Path]]:
+    """A folder beside `out` to build in, and one for finished shards, which outlives a pack that was stopped.
 
-    A file lock, which the system drops with the process, tells a running pack from a killed one.
+    A pack that ends with a corpus or with a mistake of the user's leaves nothing. What is left by one that was killed, stopped by
+    a full disk, or lost its workers, is used by a pack of the same `identity` and removed by any other. A file lock, which the system
+    drops with the process, tells a running pack from a killed one.
     """
     outer = out.parent / f".{out.name}.packing"
     outer.mkdir(parents=True, exist_ok=True)
@@ -172,23 +189,56 @@ def staging(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{out}: another pack is writing it: wait for that one, or give another --out.") from error
-        folder = outer / "corpus"
+        folder, work, note = outer / "corpus", outer / "shards", outer / "arguments.json"
         shutil.rmtree(folder, ignore_errors=True)
+        told = json.dumps(identity, sort_keys=True)
+        if not note.is_file() or note.read_text() != told:
+            shutil.rmtree(work, ignore_errors=True)
+            note.write_text(told)
         folder.mkdir()
+        work.mkdir(exist_ok=True)
+        keep = False
         try:
-            yield folder
+            yield folder, work
+        except BaseException as error:
+            keep = isinstance(error, Stopped) or not isinstance(error, UserError)
+            raise
         finally:
-            shutil.rmtree(outer, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            if not (keep and any(work.glob("*.json"))):
+                shutil.rmtree(outer, ignore_errors=True)
 
 
-def _build(builder: CorpusBuilder, folder: Path) -> None:
+def _versions() -> dict[str, Any]:
+    """What else decides the bytes of a record."""
+    return {"rad_jax": rad_jax.__version__, "pillow": PIL.__version__}
+
+
+def _beam_config(options: Sequence[str] | None) -> Any:
+    """TFDS's settings for a pack on Beam; None without options.
+
+    Raises:
+        UserError: Beam is not installed.
+    """
+    if options is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            "--beam_pipeline_options needs Apache Beam, in an environment of its own: pip install apache-beam, or leave it out."
+        ) from error
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(options)))
+
+
+def _build(builder: CorpusBuilder, folder: Path, config: Any) -> None:
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
     try:
         # TFDS announces a download on stdout, and makes a folder for it; nothing is downloaded.
         with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(file_format="array_record")
+            builder.download_and_prepare(download_config=config)
     except RuntimeError as error:  # what ArrayRecord makes of a failed write
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent.parent)) from error
@@ -205,11 +255,20 @@ def _tokenizer(arguments: Arguments, builder: CorpusBuilder, folder: Path) -> st
         name = "vocab.txt" if given.suffix == ".txt" else f"tokenizer{given.suffix}"
         shutil.copyfile(given, folder / name)
         return name
-    rows = [(indication or None, findings) for indication, findings in builder.training_text]
+    rows = _training_text(builder)
     if not rows:
         raise UserError("the training split is empty, so no tokenizer can be trained: give one with --tokenizer.")
     prompts.train_tokenizer(rows, arguments.vocab_size, folder / "tokenizer.json")
     return "tokenizer.json"
+
+
+def _training_text(builder: CorpusBuilder) -> list[tuple[str | None, str]]:
+    """(indication, findings or else impression) of all texts of the training records."""
+    if not builder.written["train"]:
+        return []
+    source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    texts = [text for number in range(len(source)) for text in json.loads(source[number]["texts"])]
+    return [(text["indication"] or None, text["findings"] or text["impression"] or "") for text in texts]
 
 
 def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokenizer: str) -> dict[str, Any]:
@@ -229,6 +288,7 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
         provenance["source"] = str(arguments.source)
     splits = {split: builder.written[split] for split in SPLITS}
     selections = write_indices(builder, builder.selections, splits, folder)
+    duplicates = count_duplicates(folder, SPLITS)
     return {
         "format_version": rad_jax.FORMAT_VERSION,
         "dataset": arguments.dataset,
@@ -252,21 +312,22 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
             "counts": dict(builder.counts),
             "views": dict(builder.views.most_common()),
-            "duplicate_images": duplicates(folder, SPLITS),
+            "duplicate_images": duplicates["equal"],
+            "near_duplicates": duplicates["near"],
             "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),
         },
-        "fingerprint": _fingerprint(Path(builder.data_dir)),
+        "fingerprint": _fingerprint(Path(builder.data_dir), folder),
         "arguments": arguments.identity(),
         "provenance": provenance,
     }
 
 
-def _fingerprint(builder_dir: Path) -> str:
-    """SHA-256 over names and contents of the shards, in the order of their names."""
-    total = hashlib.sha256()
-    for shard in sorted(p for p in builder_dir.iterdir() if ".array_record" in p.name):
-        total.update(f"{shard.name} {_sha256(shard)}\n".encode())
-    return total.hexdigest()
+def _fingerprint(builder_dir: Path, folder: Path) -> str:
+    """SHA-256 over names and contents of the shards, in the order of their names; writes those of each to `shards.json`."""
+    found = {path.name: path for path in builder_dir.iterdir() if ".array_record" in path.name}
+    known = {name: {"bytes": found[name].stat().st_size, "sha256": sha256(found[name])} for name in sorted(found)}
+    (folder / SHARDS).write_text(json.dumps(known, indent=1) + "\n")
+    return hashlib.sha256("".join(f"{name} {shard['sha256']}\n" for name, shard in known.items()).encode()).hexdigest()
 
 
 def _sha256_of(paths: Sequence[Path]) -> str:
@@ -278,8 +339,7 @@ def _sha256_of(paths: Sequence[Path]) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: check the path.") from error
 

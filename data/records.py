@@ -7,24 +7,23 @@ Nothing here needs TensorFlow: the image feature is given encoded bytes, and sha
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
+from tensorflow_datasets.core import example_serializer, hashing, splits
 
-from data import dicom
+from data import dicom, likeness, shards
 from data.labels import CHEXPERT, NOT_STATED
 from data.reports import structure
 from data.selections import COMMON, Selection
+from data.shards import Skip as Skip
 from rad_jax import images
 from rad_jax.chat import access as levels
 from rad_jax.errors import UserError
@@ -33,21 +32,12 @@ SPLITS = ("train", "validation", "test")
 REPORT = "report"  # the method of a text that is as its source has it
 
 
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """An input that became no record, and why; `reason` is one of few phrases, so that it can be counted."""
-
-    id: str
-    image: str
-    reason: str
-
-
 def features() -> tfds.features.FeaturesDict:
     """The features of every corpus; what is not known is an empty text, an age of -1.
 
     `texts` is a JSON list, one object for each text that the film has, as `text` makes it. `labels` follow `CHEXPERT`: 1 positive,
     0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with one object per finding: finding, side, size, place,
-    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years.
+    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `look` is `likeness.look` of the image.
     """
     strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source")
     return tfds.features.FeaturesDict(
@@ -59,6 +49,7 @@ def features() -> tfds.features.FeaturesDict:
             "orig_height": tfds.features.Scalar(dtype=np.int32),
             "orig_width": tfds.features.Scalar(dtype=np.int32),
             "labels": tfds.features.Tensor(shape=(len(CHEXPERT),), dtype=np.int8),
+            "look": tfds.features.Tensor(shape=(likeness.BITS // 8,), dtype=np.uint8),
         }
     )
 
@@ -91,7 +82,7 @@ def boxed(finding: str, box: Sequence[float], side: str | None = None) -> dict[s
 
 def record(
     *,
-    image: bytes,
+    image: np.ndarray,
     id: str,
     patient: str,
     study: str,
@@ -105,9 +96,9 @@ def record(
     labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT),
     annotations: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One record as `features` wants it; `image` is an encoded PNG and `shape` (Y, X) of the original film."""
+    """One record as `features` wants it; `image` is uint8 [Y, X] and `shape` (Y, X) of the original film."""
     return {
-        "image": image,
+        "image": images.encode_png(image),
         "id": id,
         "patient": patient,
         "study": study,
@@ -121,6 +112,7 @@ def record(
         "source": source,
         "orig_height": int(shape[0]),
         "orig_width": int(shape[1]),
+        "look": likeness.look(image),
     }
 
 
@@ -150,8 +142,8 @@ class Film:
         return structure.of_report(self.report) if self.report else structure.of_texts(self.texts)
 
 
-def make(film: Film, size: int) -> dict[str, Any] | Skip:
-    """The record of a film, its short side scaled to `size` pixels, or why there is none.
+def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] | Skip:
+    """The record of a film, its short side scaled to `size` pixels, or why there is none; `dicom_style` is one of `images.DICOM_STYLES`.
 
     A DICOM header is believed where the corpus says nothing: it gives the view, and refuses what is no single grey film of a chest.
     """
@@ -162,26 +154,24 @@ def make(film: Film, size: int) -> dict[str, Any] | Skip:
         view = "LATERAL" if header.lateral else header.view
         film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
     try:
-        pixels = images.load_grey(film.path)
+        small, shape = images.load_short(film.path, size, dicom_style)
     except UserError:
         return Skip(film.id, film.path.name, "unreadable image")
-    small = images.resize_short(pixels, size)
-    scale = [small.shape[1] / pixels.shape[1], small.shape[0] / pixels.shape[0]] * 2
+    scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
     boxed = [
         {**a, "box": [round(v * s, 1) for v, s in zip(a["box"], scale, strict=True)]} if a.get("box") else {**a}
         for a in film.annotations
     ]
     names = {field.name for field in dataclasses.fields(film)} - {"path", "report"}
     known = {name: getattr(film, name) for name in names}
-    return record(image=images.encode_png(small), shape=pixels.shape, **known | {"annotations": boxed})
+    return record(image=small, shape=shape, **known | {"annotations": boxed})
 
 
-class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
-    """Base of the builders: splits of jobs in, records or skips out, over a pool of processes.
+class CorpusBuilder(tfds.core.ShardBasedBuilder):
+    """Base of the builders: splits of jobs in, records or skips out, in shards that are written one by one.
 
-    A subclass gives `jobs` and `maker`. After `download_and_prepare`, `skipped` lists what was left out, `written`
-    counts the records of each split, `views` those of each view, and `counts` is
-    what else the corpus counted of its input.
+    A subclass gives `jobs`, `maker` and `key`. After `download_and_prepare`, `skipped` lists what was left out, `written`
+    counts the records of each split, `views` those of each view, and `counts` is what else the corpus counted of its input.
     """
 
     selections: ClassVar[Mapping[str, Selection]] = COMMON
@@ -195,19 +185,34 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     # Nothing is downloaded, so there are no checksums; looking for them needs a package that TFDS does not declare.
     _checksums_path = None
 
-    def __init__(self, *, workers: int = 1, progress: bool = False, **kwargs: Any):
-        """Args: workers: processes that make records; progress: show a bar on stderr; the rest goes to TFDS."""
-        self.workers, self.progress = workers, progress
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        progress: bool = False,
+        bad_rows: float = 1.0,
+        work: Path | None = None,
+        **kwargs: Any,
+    ):
+        """Nothing is read yet.
+
+        Args:
+            workers: processes that make records.
+            progress: show a bar on stderr.
+            bad_rows: share of the inputs that may be missing or damaged.
+            work: folder in which finished shards wait for the others and outlive a run that was stopped; on the disk of `data_dir`.
+            kwargs: for TFDS.
+        """
+        self.workers, self.progress, self.bad_rows, self.work = workers, progress, bad_rows, work
         self.skipped: list[Skip] = []
         self.written: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.views: Counter[str] = Counter()
-        self.training_text: list[tuple[str, str]] = []  # (indication, findings) of the training records
-        super().__init__(**kwargs)
+        super().__init__(file_format="array_record", **kwargs)
 
     @abc.abstractmethod
     def jobs(self) -> dict[str, list[Any]]:
-        """Split -> what `make` is called with, in order; inputs known to be unusable go to `self.skipped`."""
+        """Split -> what `make` is called with; inputs known to be unusable go to `self.skipped`."""
 
     def final_jobs(self) -> dict[str, list[Any]]:
         """`jobs` with what is added to them from outside."""
@@ -217,41 +222,86 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder):
     def maker(self) -> Callable[[Any], dict[str, Any] | Skip]:
         """A picklable function from a job to a record or a skip."""
 
-    def download_and_prepare(self, **kwargs: Any) -> None:
-        """As TFDS, with one pool of processes for all splits."""
-        with _mapper(self.workers) as self._map:
-            super().download_and_prepare(**kwargs)
+    @abc.abstractmethod
+    def key(self, job: Any) -> str:
+        """The id of a job's record, which no other job of its split has."""
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        splits = {split: jobs for split, jobs in self.final_jobs().items() if jobs}
-        if not splits:
+    def tasks(self, folder: Path) -> list[shards.Task]:
+        """The shards of all splits, to be written to `folder`; within a split the records are in the order of their ids' hashes.
+
+        Raises:
+            UserError: there is nothing to write, or two inputs have one id.
+        """
+        made = []
+        for split, jobs in self.final_jobs().items():
+            order = hashing.Hasher(split)  # the order in which TFDS itself would write them
+            hashed = {order.hash_key(self.key(job)): job for job in jobs}
+            if len(hashed) < len(jobs):
+                twice = Counter(map(self.key, jobs)).most_common(1)[0][0]
+                raise UserError(f"split {split!r}: several inputs have the id {twice!r}: give each its own.")
+            ordered = [hashed[number] for number in sorted(hashed)]
+            for number, part in enumerate(shards.plan(len(ordered))):
+                path = folder / f"{split}-{number:05d}.array_record"
+                made.append(shards.Task(split, path, ordered[part], self.maker(), serialise))
+        if not made:
             reasons = Counter(skip.reason for skip in self.skipped)
             raise UserError(f"no usable input in any split (skipped: {dict(reasons)}): mend the source.")
-        total = sum(map(len, splits.values()))
-        self._bar = tqdm.tqdm(total=total, desc="packing", unit="study", disable=not self.progress)
-        return {split: self._generate_examples(split, jobs) for split, jobs in splits.items()}
+        return made
 
-    def _generate_examples(self, split: str, jobs: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for result in self._map(self.maker(), jobs):
-            self._bar.update()
-            if self._bar.n == self._bar.total:
-                self._bar.close()
-            if isinstance(result, Skip):
-                self.skipped.append(result)
-                continue
-            self.written[split] += 1
-            self.views[result["view"] or "unknown"] += 1
-            if split == "train":
-                texts = json.loads(result["texts"])
-                self.training_text += [(t["indication"] or "", t["findings"] or t["impression"] or "") for t in texts]
-            yield result["id"], result
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """Writes the shards, over processes or on Beam as `download_config` says, and moves them to where TFDS looks for them."""
+        folder = self.work or Path(self.data_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tasks = self.tasks(folder)
+        if download_config is not None and (download_config.beam_runner or download_config.beam_options):
+            receipts = shards.run_on_beam(
+                tasks, download_config.beam_runner, download_config.beam_options, self.bad_rows
+            )
+        else:
+            receipts = shards.run(tasks, self.workers, self.progress, self.bad_rows)
+        of_split: dict[str, list[tuple[shards.Task, shards.Receipt]]] = {}
+        for task, receipt in zip(tasks, receipts, strict=True):
+            of_split.setdefault(task.split, []).append((task, receipt))
+            self.skipped += receipt.skipped
+            self.views.update(receipt.views)
+            self.written[task.split] += receipt.records
+        self.info.set_splits(splits.SplitDict([self._place(split, parts) for split, parts in of_split.items()]))
+
+    def _place(self, split: str, parts: Sequence[tuple[shards.Task, shards.Receipt]]) -> Any:
+        """Gives a split's shards the names that TFDS wants, empty ones left out; returns what TFDS is to know of it."""
         if not self.written[split]:
-            # TFDS would stop on an empty split with an error of its own, which says nothing about the cause.
             reasons = Counter(skip.reason for skip in self.skipped)
             raise UserError(
-                f"split {split!r}: none of its {len(jobs)} inputs could be used (skipped: {dict(reasons)}): "
-                "mend the images, or leave the split out."
+                f"split {split!r}: none of its {sum(receipt.wanted for _, receipt in parts)} inputs could be used "
+                f"(skipped: {dict(reasons)}): mend the images, or leave the split out."
             )
+        template = self._get_filename_template(split)
+        full = [(task, receipt) for task, receipt in parts if receipt.records]
+        for number, (task, _) in enumerate(full):
+            place = template.sharded_filepath(shard_index=number, num_shards=len(full))
+            shards.place(task, Path(place))
+        return splits.SplitInfo(
+            name=split,
+            shard_lengths=[receipt.records for _, receipt in full],
+            num_bytes=sum(receipt.bytes for _, receipt in full),
+            filename_template=template,
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+        raise NotImplementedError  # TFDS's own way, which knows neither receipts nor skips
+
+
+@functools.cache
+def _serialiser() -> tuple[Any, Any]:
+    wanted = features()
+    return wanted, example_serializer.ExampleSerializer(wanted.get_serialized_info())
+
+
+def serialise(made: dict[str, Any]) -> bytes:
+    """A record as TFDS stores it, whose own call leaves the order of the fields to chance."""
+    wanted, serialiser = _serialiser()
+    data: bytes = serialiser.get_tf_example(wanted.encode_example(made)).SerializeToString(deterministic=True)
+    return data
 
 
 class SourceBuilder(CorpusBuilder):
@@ -259,9 +309,18 @@ class SourceBuilder(CorpusBuilder):
 
     films_needed = True  # False while only the reports are read
 
-    def __init__(self, *, source: str | Path, image_size: int, structured: str | Path | None = None, **kwargs: Any):
-        """Args: source: the folder; image_size: pixels of the stored images' short side; structured: a file of launch.structure."""
-        self.source, self.image_size = Path(source), image_size
+    def __init__(
+        self,
+        *,
+        source: str | Path,
+        image_size: int,
+        structured: str | Path | None = None,
+        dicom: str = "window",
+        **kwargs: Any,
+    ):
+        """Args: source: the folder; image_size: pixels of the stored images' short side; structured: a file of launch.structure;
+        dicom: one of `images.DICOM_STYLES`."""
+        self.source, self.image_size, self.dicom = Path(source), image_size, dicom
         self.structured = structure.load(Path(structured)) if structured else {}
         super().__init__(**kwargs)
 
@@ -278,7 +337,10 @@ class SourceBuilder(CorpusBuilder):
         return tfds.core.DatasetInfo(builder=self, description=self.__doc__ or "", features=features())
 
     def maker(self) -> Callable[[Film], dict[str, Any] | Skip]:
-        return functools.partial(make, size=self.image_size)
+        return functools.partial(make, size=self.image_size, dicom_style=self.dicom)
+
+    def key(self, job: Film) -> str:
+        return job.id
 
     def final_jobs(self) -> dict[str, list[Film]]:
         of_split = self.jobs()
@@ -320,13 +382,3 @@ class SourceBuilder(CorpusBuilder):
             else:
                 self.skipped.append(Skip(film.id, film.path.name, "missing image"))
         return found
-
-
-@contextlib.contextmanager
-def _mapper(workers: int) -> Iterator[Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]]:
-    """An ordered map over processes. They are spawned, because TFDS runs threads and forking those can hang."""
-    if workers <= 1:
-        yield map
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield lambda function, jobs: pool.imap(function, jobs, chunksize=max(1, min(16, len(jobs) // workers)))

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data import likeness
+
 INDEX = "index"  # folder of the indices in a corpus
 
 
@@ -49,7 +51,8 @@ def write_indices(
     """Writes FOLDER/index/SELECTION-SPLIT.npy for all selections and splits, and reads every record once for it.
 
     Where the texts were made by more than one method, SELECTION.METHOD holds the rows of each method too. FOLDER/index/images-SPLIT.npy
-    has 8 bytes of SHA-256 of every stored image, uint64 [records], by which equal images are found in this corpus and in others.
+    has 8 bytes of SHA-256 of every stored image, uint64 [records], by which equal images are found in this corpus and in others, and
+    looks-SPLIT.npy its look, uint8 [records, 32], by which those are found that differ a little.
 
     Args:
         builder: a built TFDS builder.
@@ -65,10 +68,11 @@ def write_indices(
     methods: Counter[str] = Counter()
     for split, count in counts.items():
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}) if count else ()
-        images = np.zeros(count, np.uint64)
+        images, looks = np.zeros(count, np.uint64), np.zeros((count, likeness.BITS // 8), np.uint8)
         for number in range(count):
             record = source[number]
             images[number] = int.from_bytes(hashlib.sha256(record["image"]).digest()[:8])
+            looks[number] = record["look"]
             record |= {"view": record["view"].decode()}
             for slot, text in enumerate(json.loads(record["texts"])):
                 methods[text["method"]] += 1
@@ -77,6 +81,7 @@ def write_indices(
                         for key in (name, f"{name}.{text['method']}"):
                             rows.setdefault((key, split), []).append((number, slot))
         np.save(folder / INDEX / f"images-{split}.npy", images)
+        np.save(folder / INDEX / f"looks-{split}.npy", looks)
     written: dict[str, Any] = {}
     for name, selection in selections.items():
         for key in (name, *(f"{name}.{method}" for method in sorted(methods) if len(methods) > 1)):
@@ -92,16 +97,47 @@ def read_images(folder: Path, split: str) -> np.ndarray:
     return np.load(folder / INDEX / f"images-{split}.npy")
 
 
-def duplicates(folder: Path, splits: Sequence[str]) -> dict[str, int]:
-    """Records whose image is that of an earlier one: in the same split, and in another."""
-    seen: set[int] = set()
-    within = across = 0
-    for split in splits:
-        images = read_images(folder, split).tolist()
-        within += len(images) - len(set(images))
-        across += sum(image in seen for image in set(images))
-        seen |= set(images)
-    return {"in the same split": within, "in two splits": across}
+def read_looks(folder: Path, split: str) -> np.ndarray:
+    """What `write_indices` keeps of their looks, uint8 [records, 32]."""
+    return np.load(folder / INDEX / f"looks-{split}.npy")
+
+
+def duplicates(places: Sequence[tuple[Path, str]]) -> dict[str, np.ndarray]:
+    """Films that were there before, in some splits of some corpora.
+
+    Args:
+        places: (folder of a corpus, split), in the order in which films count as earlier.
+
+    Returns:
+        "equal" and "near", int64 [pairs, 4]: place and number of a film, place and number of the earliest with the same image, or of
+        the earliest that looks like it. An equal film is not a near one too.
+    """
+    images = [read_images(*place) for place in places]
+    looks = np.concatenate([read_looks(*place) for place in places])
+    where = np.concatenate([np.full(len(found), number) for number, found in enumerate(images)])
+    numbers = np.concatenate([np.arange(len(found)) for found in images])
+    _, first, which = np.unique(np.concatenate(images), return_index=True, return_inverse=True)
+    origin = first[which.reshape(-1)]
+    equal = np.flatnonzero(origin != np.arange(len(origin)))
+    kept = np.sort(first)
+    before = likeness.earlier(looks[kept])
+    near = np.flatnonzero(before >= 0)
+
+    def pairs(films: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.stack([where[films], numbers[films], where[others], numbers[others]], axis=1)
+
+    return {"equal": pairs(equal, origin[equal]), "near": pairs(kept[near], kept[before[near]])}
+
+
+def count_duplicates(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How many films of a corpus are equal to an earlier one, and how many look like one: within their split, and across splits."""
+    return {
+        kind: {
+            "in the same split": int((pairs[:, 0] == pairs[:, 2]).sum()),
+            "in two splits": int((pairs[:, 0] != pairs[:, 2]).sum()),
+        }
+        for kind, pairs in duplicates([(folder, split) for split in splits]).items()
+    }
 
 
 def write_index(folder: Path, name: str, split: str, rows: np.ndarray) -> dict[str, Any]:

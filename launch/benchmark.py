@@ -2,6 +2,7 @@
 
     .venv-dev/bin/python -m launch.benchmark --suite=train_step --json=train_step.json
     .venv-dev/bin/python -m launch.benchmark --suite=weights --layers=32 --dir=/scratch --json=weights.json
+    .venv-dev/bin/python -m launch.benchmark --suite=input --rounds=5 --json=input.json
 
 suites
   train_step      one optimizer step of a small LLaVA, projector and language model trained (AdamW, clipping), float32; theirs is
@@ -13,8 +14,14 @@ suites
                   launch.export with a LoRA adapter merged, both streaming; theirs is from_pretrained and save_pretrained, and merging
                   with peft. Every step is a process of its own. All 32 layers take about 45 GB of disk; what the next step does not
                   need is deleted.
+  input           batches of films: ours from packed shards; theirs is --peer, a torch DataLoader that opens, scales, crops and normalises
+                  image files and tokenises (LLaVA-Rad's way). It draws 24 films of 2,544 x 3,056 pixels, packs them with the tokenizer
+                  of --tokenizer, and refuses sides that differ in a pixel or a token. Rows: `raw_films`, theirs from the films; `same_images`,
+                  theirs from the stored images; `transform_only`, a decoded film to a square on one core, and `film_to_square`, the
+                  same with reading and decoding the file; `packing`, ours from films to shards beside theirs reading the films once. Seconds are for 1,000 images. Then the
+                  images a second that each host of a pod must feed, and whether it can. Three minutes.
 
-Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In the first three suites each side is a process that waits while
+Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In all but `weights` each side is a process that waits while
 another one runs; the sides take turns, and the seconds are medians over --rounds. A row says what of their work ours does without. In
 `weights` a row has the greatest memory of each side: anonymous memory (its own, sampled) and resident memory (with mapped files).
 """
@@ -28,23 +35,41 @@ from absl import flags
 from rad_jax import errors
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "weights", ["train_step", "projector_step", "decode", "weights"], "What is timed; see above."
+    "suite", "weights", ["train_step", "projector_step", "decode", "weights", "input"], "What is timed; see above."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, not in `weights`.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, not in `weights`.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model in `weights`; 32 is Vicuna-7B.", lower_bound=1)
 _DIR = flags.DEFINE_string(
-    "dir", "out/benchmark", "Folder for `weights` to work in; what is made there is deleted again."
+    "dir", "out/benchmark", "Folder for `weights` and `input` to work in; what is made there is deleted again."
 )
+_PEER = flags.DEFINE_string(
+    "peer",
+    "../shared/peer/peer_torch_input.py",
+    "Program of the other side of `input`: takes a folder, prints its time as JSON.",
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    "../shared/real/tokenizer/llama2_tokenizer.model",
+    "tokenizer.model or tokenizer.json of both sides of `input`.",
+)
+_COMPILED = flags.DEFINE_list("compiled", [], "Files of launch.compile --json, for what a host must feed in `input`.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows.")
 
 
 def main(_: Sequence[str]) -> None:
-    from launch.benchmarks import llava, pairs, weights
+    from launch.benchmarks import films, host, llava, pairs, weights
 
     if _SUITE.value == "weights":
         rows = weights.run(Path(_DIR.value) / "weights", _LAYERS.value)
         weights.table(rows)
+    elif _SUITE.value == "input":
+        files = Path(_DIR.value) / "input", Path(_PEER.value), Path(_TOKENIZER.value)
+        rows, cpu = films.run(files[0], _ROUNDS.value, _THREADS.value, *files[1:])
+        fed = host.demand(cpu, [Path(name) for name in _COMPILED.value])
+        pairs.table(rows)
+        host.table(fed)
+        rows[0]["hosts"] = fed
     else:
         rows = llava.run(_SUITE.value, _ROUNDS.value, _THREADS.value)
         pairs.table(rows)

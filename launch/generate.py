@@ -132,7 +132,7 @@ class Writer:
         from rad_jax import images, prompts
 
         size = self._image_size
-        pixels = images.centre_crop(images.resize_short(images.load_grey(image), size), size)
+        pixels = images.centre_crop(images.load_short(image, size)[0], size)
         ids = prompts.render_v1(self._tokenizer, prompts.question(indication or None), None).ids
         batch = {
             "image": np.stack([pixels] * self._shares),

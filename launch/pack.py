@@ -5,7 +5,8 @@ The phantom, drawn chest radiographs with known findings (PHANTOM_SEED=n gives a
   python -m launch.pack --dataset=phantom --image_size=112 --out=out/phantom
 
 Your own data, a folder with images and one CSV (columns image, findings; optional indication, impression, patient,
-view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM):
+view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
+equalises as MIMIC-CXR-JPG was made, for films that join that corpus):
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films
 
@@ -25,8 +26,19 @@ Reports that launch.structure has rewritten are packed as further texts of their
 
 One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
 OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
-is trained on the training reports unless one is given. Running the same command again does nothing; a command that is
-interrupted leaves nothing half-written.
+is trained on the training reports unless one is given.
+
+Images are packed in shards of up to 1,024. A command that was stopped goes on with the shards that are missing when it is given again, and
+does nothing once the corpus is there; nothing half-written is ever found. OUT/shards.json has a checksum of every shard. --bad_rows=0.001 stops
+when more than a thousandth of the films is missing or damaged; without it all of them are counted and listed.
+
+On a cluster, Apache Beam does the packing (pip install apache-beam, in an environment of its own because of its older protobuf). Every worker must
+see --source and --out under the same paths, and have this checkout on its path. Tried with the first line only:
+
+  python -m launch.pack --dataset=mimic_cxr --source=mimic --out=out/mimic_cxr --beam_pipeline_options=runner=DirectRunner,direct_num_workers=8,direct_running_mode=multi_processing
+  ... --beam_pipeline_options=runner=DataflowRunner,project=P,region=R,temp_location=gs://B/tmp,sdk_container_image=IMAGE,sdk_location=container
+  ... --beam_pipeline_options=runner=FlinkRunner,flink_master=HOST:8081,environment_type=DOCKER,environment_config=IMAGE,parallelism=64
+  ... --beam_pipeline_options=runner=SparkRunner,spark_master_url=spark://HOST:7077,environment_type=DOCKER,environment_config=IMAGE
 """
 
 import os
@@ -37,7 +49,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data.corpora import CORPORA
-from rad_jax import errors
+from rad_jax import errors, images
 from rad_jax.errors import UserError
 
 _DATASET = flags.DEFINE_enum("dataset", None, [*CORPORA, "mixture"], "What to pack.", required=True)
@@ -49,6 +61,20 @@ _STUDIES = flags.DEFINE_integer("studies", 4600, "Phantom studies, about 87 % tr
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, tokenizer.model or vocab.txt to use as it is.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "Pieces of the tokenizer trained when none is given.")
 _STRUCTURED = flags.DEFINE_string("structured", None, "Reports that launch.structure has rewritten.")
+_DICOM = flags.DEFINE_enum(
+    "dicom",
+    "window",
+    images.DICOM_STYLES,
+    "Grey values of DICOM films: as the file says, or as MIMIC-CXR-JPG was made.",
+)
+_BAD_ROWS = flags.DEFINE_float(
+    "bad_rows", 1.0, "Share of the films that may be missing or damaged.", lower_bound=0.0, upper_bound=1.0
+)
+_BEAM = flags.DEFINE_list(
+    "beam_pipeline_options",
+    None,
+    "Pack on Apache Beam: its options as name=value,name=value, as `tfds build` takes them.",
+)
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per CPU core.", lower_bound=1)
 
 
@@ -72,8 +98,11 @@ def main(argv: Sequence[str]) -> None:
         tokenizer=_TOKENIZER.value,
         vocab_size=_VOCAB_SIZE.value,
         structured=_STRUCTURED.value,
+        dicom=_DICOM.value,
     )
-    manifest, packed = packing.pack(arguments, out, _WORKERS.value or os.cpu_count() or 1)
+    beam = [f"--{option}" for option in _BEAM.value] if _BEAM.value else None
+    workers = _WORKERS.value or os.cpu_count() or 1
+    manifest, packed = packing.pack(arguments, out, workers, bad_rows=_BAD_ROWS.value, beam=beam)
     if not packed:
         print(f"{out}: already packed with these arguments, nothing to do")
     summary = manifest["summary"]
@@ -90,8 +119,9 @@ def main(argv: Sequence[str]) -> None:
     if summary["written"]:
         size = summary["bytes"] / summary["written"]
         print(f"  {size / 1e3:.1f} kB for each film; 697,000 films would take {697_000 * size / 1e9:.0f} GB")
-    if copies := {where: count for where, count in summary["duplicate_images"].items() if count}:
-        print("  equal images " + ", ".join(f"{where}: {count}" for where, count in copies.items()))
+    for name, what in (("duplicate_images", "equal images"), ("near_duplicates", "images that look alike")):
+        if copies := {where: count for where, count in summary[name].items() if count}:
+            print(f"  {what} " + ", ".join(f"{where}: {count}" for where, count in copies.items()))
     for name, of_split in manifest["published"].items():
         for split, found in of_split.items():
             same = found["rows"] == found["published"]

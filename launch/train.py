@@ -34,6 +34,12 @@ _BASE = flags.DEFINE_list(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: config.json, metrics.jsonl, checkpoints/, loss.png.", required=True
 )
+_DAMAGED = flags.DEFINE_enum(
+    "damaged_shards",
+    "error",
+    ["error", "count"],
+    "Shards that are missing or damaged: stop, or count their rows as bad rows.",
+)
 flags.mark_flag_as_required("config")
 distributed.define_flags()
 
@@ -46,7 +52,10 @@ def main(_: Sequence[str]) -> int:
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     tasks.adopt(config, bases)
     task = tasks.make_task(config)
-    corpus = input_pipeline.Corpus.open(_DATA.value)
+    corpus = input_pipeline.Corpus.open(_DATA.value, _DAMAGED.value)
+    if distributed.first():
+        for sentence in corpus.lost:
+            print(f"warning: {sentence}; its rows count as bad rows", file=sys.stderr)
     tokenizer = corpus.tokenizer()
     tasks.check_vocabulary(task.model.config, tokenizer.vocab_size, tokenizer.path)
     if config.task == "generative":

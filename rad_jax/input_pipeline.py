@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 # What is made of a record; "prompt" is v1 up to where the answer begins, for generation; "text" is plain and v1 by turns, with the
 # impression in place of the image, for pretraining.
 TEMPLATES = ("text", "plain", "v1", "prompt", "clip")
-CROPS = ("centre", "random")
+CROPS, DAMAGED = ("centre", "random"), ("error", "count")
 _WITHOUT_TARGETS = ("prompt", "clip")
 # Rows that only fill up a batch have this record number and are made of this record, which gives them weight 0.
 _PADDING = -1
@@ -41,14 +41,20 @@ class Corpus:
     Attributes:
         path: its folder.
         meta: the contents of corpus.json.
+        damaged: one of DAMAGED, what to do about shards that are.
     """
 
     path: Path
     meta: Mapping[str, Any]
+    damaged: str = "error"
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Corpus":
+    def open(cls, path: str | os.PathLike[str], damaged: str = "error") -> "Corpus":
         """Opens a corpus and checks that every shard is there, readable and as long as the dataset says.
+
+        Args:
+            path: its folder.
+            damaged: one of DAMAGED; with "count" the rows of shards that are missing or damaged get weight 0, and `lost` names those.
 
         Raises:
             UserError: no corpus there, one of another format version, or shards that are missing or damaged.
@@ -66,11 +72,11 @@ class Corpus:
         check_format(meta.get("format_version"), file)
         if "selections" not in meta:
             raise UserError(f"{file}: has no selections, pack the corpus again")
-        corpus = cls(path, meta)
+        corpus = cls(path, meta, damaged)
         if "members" in meta:
             corpus._check_members()
-        else:
-            corpus._check_shards()
+        elif corpus.lost and damaged == "error":
+            raise UserError(corpus.lost[0])
         return corpus
 
     @property
@@ -157,7 +163,7 @@ class Corpus:
 
     @functools.cached_property
     def _members(self) -> list["Corpus"]:
-        return [Corpus.open(self.path / member["path"]) for member in self.meta["members"]]
+        return [Corpus.open(self.path / member["path"], self.damaged) for member in self.meta["members"]]
 
     def _check_members(self) -> None:
         """Opens the corpora of a mixture, and refuses one that was packed anew since."""
@@ -165,26 +171,26 @@ class Corpus:
             if corpus.fingerprint(member["selection"]) != member["fingerprint"]:
                 raise UserError(f"{corpus.path}: is not the corpus that {self.path} was mixed from, mix it again")
 
-    def _check_shards(self) -> None:
-        """Compares every shard with its recorded length; the dataset itself would notice only when reading a record."""
-        from array_record.python.array_record_module import ArrayRecordReader
-
+    @functools.cached_property
+    def lost(self) -> list[str]:
+        """A sentence for each shard that is missing, damaged or of another length, as reading a record would show; raises as `open`."""
+        if "members" in self.meta:
+            return [sentence for member in self._members for sentence in member.lost]
         again = "copy or pack the corpus again"
         try:
             infos = self._builder.info.splits
         except Exception as error:  # tfds raises many kinds over its own json files
             raise UserError(f"{self.path / self.meta['builder_dir']}: no readable dataset, {again}") from error
+        found = []
         for split, count in self.splits.items():
             info = infos.get(split)
             if (info.num_examples if info else 0) != count:
                 raise UserError(f"{self.path}: corpus.json counts {count} {split} records, the dataset other, {again}")
             for name, length in zip(info.filepaths, info.shard_lengths, strict=True) if info else ():
-                if not os.path.exists(name):
-                    raise UserError(f"{name}: this shard of the corpus is missing, {again}")
-                reader = ArrayRecordReader(str(name))
-                if not reader.ok() or reader.num_records() != length:
-                    raise UserError(f"{name}: this shard of the corpus is damaged, {again}")
-                reader.close()
+                state = "missing" if not os.path.exists(name) else "damaged" if _records(str(name)) != length else ""
+                if state:
+                    found.append(f"{name}: this shard of the corpus is {state}, {again}")
+        return found
 
 
 class Source:
@@ -232,6 +238,19 @@ class Mixture:
     def __getitem__(self, number: int) -> dict[str, Any]:
         source, row = map(int, self._rows[number])
         return self._sources[source][row]
+
+
+def _records(shard: str) -> int:
+    """Records of a shard; -1 of one that cannot be read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(shard)
+        count = reader.num_records() if reader.ok() else -1
+        reader.close()  # shows damage that the rest does not
+        return count
+    except RuntimeError:
+        return -1
 
 
 def _question(kind: str, view: str, text: Mapping[str, Any]) -> str:

@@ -287,6 +287,29 @@ def small_dicom(**changes):
     return buffer.getvalue()
 
 
+def test_histogram_equalisation_is_opencvs():
+    ramp = (np.arange(1000) ** 2 // 4000).astype(np.uint8).reshape(25, 40)
+    # cv2.equalizeHist of opencv-python-headless 5.0.0.93
+    golden = [0, 0, 13, 25, 40, 51, 65, 79, 93, 106, 119, 133, 147, 160, 174, 187, 201, 214, 228, 242]
+    assert images.equalise(ramp).reshape(-1)[::50].tolist() == golden
+    flat = np.full((3, 3), 7, np.uint8)
+    np.testing.assert_array_equal(images.equalise(flat), flat)
+
+
+def test_dicom_in_the_style_of_mimic_cxr_jpg(tmp_path):
+    pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
+    path = tmp_path / "film.dcm"
+    # Twelve values, each once: equalised they are evenly spread, whatever rescale and window say.
+    even = np.rint(np.arange(12) * np.float32(255 / 11)).astype(int)
+    path.write_bytes(small_dicom(RescaleSlope="2", RescaleIntercept="100", WindowCenter="0.5", WindowWidth="401"))
+    np.testing.assert_array_equal(images.load_grey(path, "mimic_cxr_jpg").ravel(), even)
+    assert images.load_grey(path).ravel().tolist() != even.tolist()
+    path.write_bytes(small_dicom(PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(images.load_grey(path, "mimic_cxr_jpg").ravel(), even[::-1])
+    small, shape = images.load_short(path, 2, "mimic_cxr_jpg")
+    assert shape == (4, 3) and small.shape == (2, 2)
+
+
 def test_dicom_rescale_window_and_refusals(tmp_path):
     pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
     path = tmp_path / "film.dcm"
@@ -338,3 +361,12 @@ def test_a_cut_codestream_in_a_whole_dicom_is_refused(tmp_path):
     dataset.save_as(tmp_path / "half.dcm")
     with pytest.raises(UserError, match=r"half\.dcm"):
         images.load_grey(tmp_path / "half.dcm")
+
+
+def test_a_short_film_without_an_array_of_the_whole(tmp_path):
+    for name, shape in (("tall.png", (90, 61)), ("wide.jpg", (33, 80))):
+        pixels = film(*shape)
+        Image.fromarray(pixels).save(tmp_path / name)
+        small, found = images.load_short(tmp_path / name, 24)
+        assert found == shape
+        np.testing.assert_array_equal(small, images.resize_short(images.load_grey(tmp_path / name), 24))

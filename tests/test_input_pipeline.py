@@ -74,6 +74,7 @@ def study(split: str, number: int) -> dict:
         "labels": np.full(14, -2, np.int8),
         "annotations": "[]",
         "source": "test",
+        "look": np.zeros(32, np.uint8),
     }
 
 
@@ -158,7 +159,8 @@ def test_source_gives_text_as_str_and_images_as_png(corpus):
     source = corpus.source("validation")
     assert len(source) == 3
     record, expected = source[1], row("validation", 1)
-    np.testing.assert_array_equal(record.pop("labels"), expected.pop("labels"))
+    for name in ("labels", "look"):
+        np.testing.assert_array_equal(record.pop(name), expected.pop(name))
     assert record == expected
     assert corpus.tokenizer().vocab_size > 259
 

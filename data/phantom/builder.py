@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 
 from data import records
 from data.phantom.study import studies_of, study
-from rad_jax import images
 from rad_jax.chat.access import PUBLIC
 from rad_jax.errors import UserError
 
@@ -48,16 +47,21 @@ def plan(seed: int, studies: int) -> dict[str, list[Job]]:
     return split_jobs
 
 
+def study_name(seed: int, job: Job) -> str:
+    """Its id; what precedes the last hyphen is the patient's."""
+    patient, number = job
+    return f"phantom-{seed}-{patient:05d}-{number}"
+
+
 def make(job: Job, seed: int, size: int) -> dict[str, Any]:
     """One record of the corpus."""
-    patient, number = job
-    made = study(seed, patient, number, size)
-    name = f"phantom-{seed}-{patient:05d}"
+    made = study(seed, *job, size)
+    name = study_name(seed, job)
     return records.record(
-        image=images.encode_png(made.image),
-        id=f"{name}-{number}",
-        patient=name,
-        study=f"{name}-{number}",
+        image=made.image,
+        id=name,
+        patient=name.rpartition("-")[0],
+        study=name,
         view=made.view,
         frontal=True,
         texts=[
@@ -104,3 +108,6 @@ class Phantom(records.CorpusBuilder):
 
     def maker(self) -> Callable[[Job], dict[str, Any]]:
         return functools.partial(make, seed=self.seed, size=self.image_size)
+
+    def key(self, job: Job) -> str:
+        return study_name(self.seed, job)

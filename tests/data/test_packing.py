@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -16,8 +18,9 @@ import PIL
 import pytest
 import tensorflow_datasets as tfds
 
-from data import packing
+from data import packing, records, shards
 from data.packing import Arguments, pack
+from data.phantom import builder as phantom
 from data.phantom.parser import parse
 from rad_jax import prompts
 from rad_jax.errors import UserError
@@ -41,7 +44,14 @@ def corpus(tmp_path_factory):
 
 def test_what_a_corpus_holds(corpus):
     out, manifest = corpus
-    assert sorted(p.name for p in out.iterdir()) == ["corpus.json", "index", "phantom", "skipped.csv", "tokenizer.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "corpus.json",
+        "index",
+        "phantom",
+        "shards.json",
+        "skipped.csv",
+        "tokenizer.json",
+    ]
     assert [p.name for p in out.parent.iterdir()] == ["corpus"]
     assert json.loads((out / "corpus.json").read_text()) == manifest
     assert manifest["format_version"] == 1 and manifest["builder_dir"] == "phantom/1.0.0"
@@ -55,6 +65,7 @@ def test_what_a_corpus_holds(corpus):
         "skipped": {},
         "counts": {},
         "duplicate_images": equal,
+        "near_duplicates": equal,
         "views": {"PA": 14, "AP": 6},
     }
     manifest["summary"]["bytes"] = size
@@ -168,7 +179,7 @@ def test_a_killed_pack_leaves_nothing_half_written(tmp_path):
     staging = tmp_path / ".corpus.packing"
     try:
         deadline = time.monotonic() + 60
-        while not list(staging.rglob("*incomplete*")):
+        while not list(staging.glob("shards/*.json")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         # A second pack of the same folder is told to wait.
@@ -213,3 +224,134 @@ def test_the_command(tmp_path):
 def test_help_teaches_with_an_example():
     shown = run("--help").stdout
     assert "python -m launch.pack --dataset=folder --source=" in shown and "PHANTOM_SEED" in shown
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes phantom records; the job `fatal` ends the process, as the system does that runs out of memory, until `healed` exists."""
+
+    folder: Path
+    fatal: int
+
+    def __call__(self, job):
+        if job == self.fatal and not (self.folder / "healed").exists():
+            (self.folder / f"died-{os.getpid()}").touch()
+            if len(list(self.folder.glob("died-*"))) >= 2:
+                (self.folder / "healed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return shards.Skip(str(job), "x", "missing image") if job % 10 == 9 else phantom.make((job, 0), 0, 16)
+
+
+def tasks(folder, fatal=-1, each=5, count=20):
+    make = Maker(folder, fatal)
+    return [
+        shards.Task("train", folder / f"{n}.array_record", range(n * each, (n + 1) * each), make, records.serialise)
+        for n in range(count // each)
+    ]
+
+
+def test_a_killed_worker_loses_nothing(tmp_path):
+    receipts = shards.run(tasks(tmp_path, fatal=12), 2, False, 1.0)
+    assert [receipt.records for receipt in receipts] == [5, 4, 5, 4]
+    assert len(list(tmp_path.glob("died-*"))) == 2 and not list(tmp_path.glob("*.part"))
+    other = tmp_path / "other"
+    other.mkdir()
+    assert shards.run(tasks(other), 1, False, 1.0) == receipts  # the same bytes as without the accident
+
+
+def test_a_worker_that_dies_every_time_is_named_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "RESTARTS", 0)
+    todo = tasks(tmp_path, fatal=12)
+    with pytest.raises(shards.Stopped, match="killed 1 times"):
+        shards.run([*todo[:2], todo[2]], 1 + 1, False, 1.0)
+    assert not todo[2].path.exists()
+
+
+def test_finished_shards_are_left_alone_and_damaged_ones_made_again(tmp_path):
+    todo = tasks(tmp_path)
+    first = shards.run(todo, 1, False, 1.0)
+    before = {task.path: task.path.stat().st_mtime_ns for task in todo}
+    assert shards.run(todo, 1, False, 1.0) == first
+    assert {task.path: task.path.stat().st_mtime_ns for task in todo} == before
+    data = bytearray(todo[1].path.read_bytes())
+    data[len(data) // 2] ^= 1
+    todo[1].path.write_bytes(data)
+    todo[2].receipt.unlink()
+    assert shards.run(todo, 1, False, 1.0) == first
+    assert [task.path.stat().st_mtime_ns == before[task.path] for task in todo] == [True, False, False, True]
+    # A receipt of other inputs is none.
+    assert shards.finished(dataclasses.replace(todo[0], jobs=range(4))) is None
+
+
+def test_a_limit_for_damaged_inputs(tmp_path):
+    shards.run(tasks(tmp_path), 1, False, 0.1)  # two of twenty
+    with pytest.raises(
+        UserError,
+        match=r"2 of 20 inputs cannot be used, more than --bad_rows=0\.05 allows; the first is x, missing image",
+    ):
+        shards.run(tasks(tmp_path), 1, False, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "number", "longest"), [(1, 1, 1), (64, 1, 64), (65, 2, 64), (4600, 64, 72), (377_110, 369, 1024)]
+)
+def test_sizes_of_shards(count, number, longest):
+    plan = shards.plan(count)
+    assert len(plan) == number and max(part.stop - part.start for part in plan) == longest
+    assert plan[0].start == 0 and plan[-1].stop == count
+    assert all(a.stop == b.start for a, b in itertools.pairwise(plan))
+
+
+def test_a_pack_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    many = dataclasses.replace(SMALL, studies=300, image_size=16)
+    whole, _ = pack(many, tmp_path / "whole", workers=1, progress=False)
+    written: list[Path] = []
+    write = shards.write
+
+    def stopping(task):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(task.path)
+        return write(task)
+
+    monkeypatch.setattr(shards, "write", stopping)
+    with pytest.raises(OSError, match="No space"):
+        pack(many, tmp_path / "c", workers=1, progress=False)
+    left = tmp_path / ".c.packing" / "shards"
+    assert len(list(left.glob("*.array_record"))) == 3 and not (tmp_path / "c").exists()
+
+    def counting(task):
+        written.append(task.path)
+        return write(task)
+
+    monkeypatch.setattr(shards, "write", counting)
+    manifest, packed = pack(many, tmp_path / "c", workers=1, progress=False)
+    assert packed and len(written) == len(set(written))  # no shard was written twice
+    assert manifest["fingerprint"] == whole["fingerprint"]
+    assert (tmp_path / "c/shards.json").read_bytes() == (tmp_path / "whole/shards.json").read_bytes()
+    known = json.loads((tmp_path / "c/shards.json").read_text())
+    for name, shard in known.items():
+        data = (tmp_path / "c" / manifest["builder_dir"] / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "whole"]
+
+
+def test_beam_is_asked_for_by_name(tmp_path):
+    if importlib.util.find_spec("apache_beam"):
+        pytest.skip("Apache Beam is installed")
+    with pytest.raises(UserError, match="--beam_pipeline_options needs Apache Beam"):
+        pack(SMALL, tmp_path / "c", workers=1, progress=False, beam=["--runner=DirectRunner"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_beam_writes_the_same_corpus(tmp_path):
+    pytest.importorskip(
+        "apache_beam", reason="Apache Beam wants an older protobuf than jax: it has an environment of its own"
+    )
+    here, _ = pack(SMALL, tmp_path / "here", workers=1, progress=False)
+    beam = ["--runner=DirectRunner", "--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    there, _ = pack(SMALL, tmp_path / "there", workers=1, progress=False, beam=beam)
+    assert there["fingerprint"] == here["fingerprint"] and there["summary"] == here["summary"]

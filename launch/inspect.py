@@ -1,0 +1,176 @@
+"""Shows what is in packed corpora, on one HTML page that needs no network: what to look at before a pod is spent on them.
+
+    python -m launch.inspect --data=out/openi --out=out/openi.html
+    python -m launch.inspect --data=out/openi,out/mimic_cxr --out=out/both.html     # also: what does the one hold out that the other trains on?
+
+The page has films with their texts, labels and boxes, token lengths of the findings (with how many are longer than --text_length), counts of
+labels, views and text methods, what packing left out and why, and films that are there twice, equal or much alike. A mixture is shown by its
+members. Up to --films records of each split are read, evenly spaced; duplicates are looked for among all.
+
+The page shows images, texts and ids: it is as sensitive as the corpus. Exit status 1 with --strict if a film that is held out is also trained on.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from rad_jax import errors
+
+_DATA = flags.DEFINE_list("data", None, "Packed corpora.", required=True)
+_OUT = flags.DEFINE_string("out", "out/corpus.html", "HTML file to write.")
+_FILMS = flags.DEFINE_integer("films", 20_000, "Records of each split that are counted.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 24, "Films of each corpus that are shown.", lower_bound=0)
+_TEXT_LENGTH = flags.DEFINE_integer("text_length", 256, "Tokens of findings that training would keep.", lower_bound=1)
+_STRICT = flags.DEFINE_bool("strict", False, "Exit status 1 if a held-out film is also in a training split.")
+
+
+def main(_: Sequence[str]) -> int:
+    from data import inspection
+    from evaluation import corpus_page
+
+    corpora = [corpus for path in _DATA.value for corpus in inspection.members(Path(path))]
+    found = [inspection.look(corpus, _FILMS.value, _SAMPLES.value) for corpus in corpora]
+    rows = inspection.shared(corpora)
+    warnings = [line for facts in found for line in cautions(facts, _TEXT_LENGTH.value)]
+    leaks = [row for row in rows if row["leak"]]
+    warnings += [
+        f"{row['first']} and {row['second']} share {row['equal']} equal and {row['near']} similar films."
+        for row in leaks
+    ]
+    path = corpus_page.write(_OUT.value, [part(facts, _TEXT_LENGTH.value) for facts in found], warnings, shared(rows))
+    for facts in found:
+        print(f"{facts.corpus.path}: {sum(facts.corpus.splits.values())} films, {len(facts.skipped)} left out")
+    for line in warnings:
+        print(f"  look: {line}")
+    print(f"wrote {path}")
+    return 1 if leaks and _STRICT.value else 0
+
+
+def cautions(facts: Any, text_length: int) -> list[str]:
+    """What should be looked at before training."""
+    from data.shards import BROKEN
+
+    lines = []
+    broken = sum(row["reason"] in BROKEN for row in facts.skipped)
+    if broken:
+        lines.append(f"{facts.name}: {broken} films were missing or damaged when it was packed.")
+    tokens = np.concatenate(list(facts.tokens.values()))
+    if not len(tokens):
+        lines.append(f"{facts.name}: no text has findings.")
+    elif long := int((tokens > text_length).sum()):
+        lines.append(
+            f"{facts.name}: {long} of {len(tokens)} findings have more than {text_length} tokens and would be cut."
+        )
+    return lines
+
+
+def shared(rows: Sequence[dict[str, Any]]) -> Any:
+    """The table of films in two splits; None without any."""
+    if not rows:
+        return None
+    return {
+        "title": "Films that two splits have",
+        "note": "Equal: the same pixels. Similar: at most 7 of 256 bits of a difference hash apart. Each film is counted once, beside the first that has it.",
+        "columns": ["one split", "other split", "equal", "similar", "held out and trained on"],
+        "rows": [[r["first"], r["second"], r["equal"], r["near"], "yes" if r["leak"] else "no"] for r in rows],
+    }
+
+
+def part(facts: Any, text_length: int) -> Any:
+    """A corpus as the page wants it."""
+    meta, summary = facts.corpus.meta, facts.corpus.meta["summary"]
+    tokens = np.concatenate(list(facts.tokens.values()))
+    middle = f"median {int(np.median(tokens))}, greatest {int(tokens.max())}" if len(tokens) else "no findings"
+    splits = ", ".join(f"{count} {split}" for split, count in facts.corpus.splits.items())
+    copies = {kind: sum(summary.get(kind, {}).values()) for kind in ("duplicate_images", "near_duplicates")}
+    tiles = [
+        {"label": "films", "value": f"{sum(facts.corpus.splits.values()):,}", "note": splits},
+        {"label": "patients", "value": f"{sum(facts.patients.values()):,}", "note": f"of {sum(facts.films.values()):,} films counted"},
+        {"label": "texts", "value": f"{facts.counts['method'].total():,}", "note": f"tokens of findings: {middle}"},
+        {"label": "left out", "value": f"{len(facts.skipped):,}", "note": "see skipped.csv in the corpus"},
+        {"label": "equal films", "value": f"{copies['duplicate_images']:,}", "note": f"and {copies['near_duplicates']:,} that look like another"},
+        {"label": "with boxes", "value": f"{facts.boxes:,}", "note": f"images of {meta['image_size']} pixels, {summary['bytes'] / 1e6:,.1f} MB"},
+    ]  # fmt: skip
+    return {
+        "name": facts.name,
+        "tiles": tiles,
+        "histograms": {f"Tokens of findings, {split}": bins(of) for split, of in facts.tokens.items()},
+        "tables": tables(facts, text_length),
+        "samples": [sample(record) for record in facts.samples],
+    }
+
+
+def bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    from data.inspection import histogram
+
+    return histogram(lengths)
+
+
+def tables(facts: Any, text_length: int) -> list[dict[str, Any]]:
+    """Counts as tables of the page."""
+    from data.inspection import STATES
+    from data.labels import CHEXPERT
+
+    labels = [[label, *(facts.labels[label, state] for state in STATES.values())] for label in CHEXPERT]
+    selections = facts.corpus.meta["selections"]
+    splits = list(facts.corpus.splits)
+    rows = [[name, *(of["splits"][split]["rows"] for split in splits)] for name, of in selections.items()]
+    long = [[split, len(of), int((of > text_length).sum())] for split, of in facts.tokens.items()]
+    reasons = Counter(row["reason"] for row in facts.skipped).most_common()
+    first = [[row["id"], Path(row["image"]).name, row["reason"]] for row in facts.skipped[:20]]
+    found = [
+        {"title": "Labels", "columns": ["label", *STATES.values()], "rows": [row for row in labels if any(row[1:])]},
+        {"title": "Selections, rows of an epoch", "columns": ["selection", *splits], "rows": rows},
+        {"title": f"Findings of more than {text_length} tokens", "columns": ["split", "findings", "too long"], "rows": long},
+        {"title": "Left out, by reason", "columns": ["reason", "inputs"], "rows": [list(row) for row in reasons]},
+        {"title": "Left out, the first", "columns": ["id", "image", "reason"], "rows": first},
+    ]  # fmt: skip
+    titles = {
+        "view": "Views",
+        "sex": "Sex",
+        "sections": "Sections",
+        "method": "Methods of the texts",
+    }
+    return found + [
+        {
+            "title": title,
+            "columns": [name, "how often"],
+            "rows": [list(row) for row in facts.counts[name].most_common(20)],
+        }
+        for name, title in titles.items()
+    ]
+
+
+def sample(record: Any) -> dict[str, Any]:
+    """A record as the page wants it."""
+    from data.inspection import STATES
+    from data.labels import CHEXPERT
+    from evaluation.corpus_page import context_of, sections
+
+    stated = [(label, STATES.get(int(value))) for label, value in zip(CHEXPERT, record["labels"], strict=True)]
+    boxes = [
+        (" ".join(filter(None, (a["finding"], a.get("side")))), a["box"]) for a in record["annotations"] if a.get("box")
+    ]
+    known = [
+        record["split"],
+        record["view"] or "view not known",
+        record["sex"],
+        f"{record['age']} years" if record["age"] >= 0 else "",
+    ]
+    known += [f"{record['orig_width']} x {record['orig_height']} pixels", record["source"]]
+    return {
+        "title": record["id"],
+        "facts": " · ".join(filter(None, known)),
+        "image_png": record["image"],
+        "boxes": boxes,
+        "labels": [context_of(label, state) for label, state in stated if state],
+        "texts": sections(record["texts"]),
+    }
+
+
+if __name__ == "__main__":
+    errors.run(main)

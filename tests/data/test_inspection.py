@@ -1,0 +1,156 @@
+"""The page of a corpus: its counts are those of the corpus, films that are held out and trained on are found, nothing in it is markup."""
+
+import csv
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import inspection
+from data.packing import Arguments, pack
+from data.phantom.study import study
+from launch import inspect
+from rad_jax.input_pipeline import Corpus
+
+
+def run(*arguments):
+    """The command in this process; its exit status."""
+    from absl import flags
+
+    flags.FLAGS(["inspect", *arguments])
+    try:
+        return inspect.main(["inspect"])
+    finally:
+        for name in ("data", "out", "films", "samples", "text_length", "strict"):
+            flags.FLAGS[name].unparse()
+
+
+NASTY = "<script>alert(1)</script>"
+
+
+def packed(folder, films, tokenizer=None):
+    """A corpus of (id, split, image, findings)."""
+    source = folder / "films"
+    source.mkdir(parents=True)
+    with (source / "reports.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "split", "image", "findings", "patient", "view"])
+        for name, split, image, findings in films:
+            if image is not None:
+                Image.fromarray(image).save(source / f"{name}.png")
+            writer.writerow([name, split, f"{name}.png", findings, name, "PA"])
+    arguments = Arguments("folder", str(source), 64, studies=10, seed=0, tokenizer=tokenizer, vocab_size=512)
+    pack(arguments, folder / "corpus", workers=1, progress=False)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected")
+    film = [study(0, patient, 0, 64).image for patient in range(6)]
+    brighter = np.clip(film[1].astype(int) + 6, 0, 255).astype(np.uint8)
+    first = packed(
+        folder / "a",
+        [
+            ("a0", "train", film[0], f"Clear. {NASTY}"),
+            ("a1", "train", film[1], "Heart is large. " * 20),
+            ("a2", "train", film[0], "Clear."),
+            ("a3", "test", film[2], "Clear."),
+            ("a4", "validation", film[3], "Clear."),
+            ("a5", "train", None, "Clear."),
+            ("a6", "train", film[5], ""),
+        ],
+    )
+    second = packed(
+        folder / "b",
+        [
+            ("b0", "test", film[0], "Clear."),
+            ("b1", "test", brighter, "Clear."),
+            ("b2", "train", film[4], "Clear."),
+            ("b3", "validation", film[2], "Clear."),
+        ],
+        tokenizer=str(first / "tokenizer.json"),
+    )
+    return first, second
+
+
+def test_what_is_counted(corpora):
+    facts = inspection.look(Corpus.open(corpora[0]), films=100, samples=3, progress=False)
+    assert facts.films == {"train": 3, "validation": 1, "test": 1} and facts.patients == {
+        "train": 3,
+        "validation": 1,
+        "test": 1,
+    }
+    assert facts.counts["view"] == {"PA": 5} and facts.counts["sections"]["findings"] == 5
+    assert sorted(row["reason"] for row in facts.skipped) == ["empty findings", "missing image"]
+    assert len(facts.samples) == 3 and {sample["split"] for sample in facts.samples} == {"train", "validation", "test"}
+    assert facts.tokens["train"].max() > 60
+    few = inspection.look(Corpus.open(corpora[0]), films=2, samples=0, progress=False)
+    assert few.films["train"] == 2 and not few.samples
+    summary = facts.corpus.meta["summary"]
+    assert summary["duplicate_images"] == {"in the same split": 1, "in two splits": 0}
+    assert summary["near_duplicates"] == {"in the same split": 0, "in two splits": 0}
+
+
+def test_leaks_between_corpora_are_found(corpora):
+    rows = {(row["first"], row["second"]): row for row in inspection.shared([Corpus.open(path) for path in corpora])}
+    # Both folders are called corpus; the splits tell them apart here.
+    assert rows["corpus train", "corpus test"] | {"first": 0, "second": 0} == {
+        "first": 0,
+        "second": 0,
+        "equal": 1,
+        "near": 1,
+        "leak": True,
+    }
+    assert (
+        rows["corpus test", "corpus validation"]["equal"] == 1 and not rows["corpus test", "corpus validation"]["leak"]
+    )
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [([], []), ([0, 0, 2], [(0, 0, 2), (1, 1, 0), (2, 2, 1)])])
+def test_histogram(lengths, expected):
+    assert inspection.histogram(np.array(lengths, int)) == expected
+    wide = inspection.histogram(np.arange(1000))
+    assert len(wide) <= 30 and sum(count for _, _, count in wide) == 1000
+
+
+def test_the_command(corpora, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    done = run(f"--data={corpora[0]},{corpora[1]}", f"--out={out}", "--text_length=40", "--strict")
+    assert done == 1  # a leak
+    html = out.read_text()
+    assert NASTY not in html and "&lt;script&gt;" in html
+    assert "<script" not in html and not re.search(r"(src|href)=\"(?!data:|#)", html)
+    assert "share 1 equal and 1 similar films" in html and "1 films were missing or damaged" in html
+    assert "have more than 40 tokens" in html
+    said = capsys.readouterr().out
+    assert "5 films, 2 left out" in said and "Clear." not in said
+    assert run(f"--data={corpora[1]}", f"--out={out}", "--strict") == 0
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_the_window(corpora, tmp_path, width):
+    import subprocess
+
+    out = tmp_path / "page.html"
+    run(f"--data={corpora[0]}", f"--out={out}")
+    probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+    html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    out.write_text(html.replace("</body>", probe))
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},2000",
+        "--dump-dom",
+        out.as_uri(),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    match = re.search(r"<title>(\d+)</title>", shown)
+    assert match and int(match[1]) <= max(width, 500)  # headless chromium's window is at least 500 wide
