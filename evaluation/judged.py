@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.pointing import Box, box_mask
+from evaluation.pointing import Box
 
 CRIMSON_WEIGHTS = {"urgent": 1.0, "actionable": 0.5, "not_actionable": 0.25, "benign": 0.0}
 CRIMSON_ATTRIBUTES = {"significant": 0.5, "negligible": 0.0}
@@ -91,6 +91,8 @@ def boxes_entailed(boxes: Sequence[Box], evidence: Sequence[Box]) -> bool:
 
 
 def _union(boxes: Sequence[Box]) -> np.ndarray:
-    scaled = [[PIXELS * value for value in box] for box in boxes]
-    with_area = [box for box in scaled if box[2] > box[0] and box[3] > box[1]]
-    return box_mask(with_area, PIXELS, PIXELS) if with_area else np.zeros((PIXELS, PIXELS), bool)
+    """Bool [Y, X]; edges are rounded down to whole pixels, as RadFact does."""
+    mask = np.zeros((PIXELS, PIXELS), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[int(y0 * PIXELS) : int(y1 * PIXELS), int(x0 * PIXELS) : int(x1 * PIXELS)] = True
+    return mask
