@@ -13,9 +13,14 @@ suites
                   launch.export with a LoRA adapter merged, both streaming; theirs is from_pretrained and save_pretrained, and merging
                   with peft. Every step is a process of its own. All 32 layers take about 45 GB of disk; what the next step does not
                   need is deleted.
+  intervals       2,000 bootstrap draws over 2,461 reports: ours resamples rows of sums; theirs computes scikit-learn's F1 (eight averages)
+                  and sacrebleu again for every draw, timed for a few and multiplied. A minute.
+  labels          14 labels of 128 reports by a BERT-base of random weights: ours in batches by length, theirs in PyTorch one report at a
+                  time and 64 at a time; all logits must be equal. Some minutes.
 
 Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In the first three suites each side is a process that waits while
 another one runs; the sides take turns, and the seconds are medians over --rounds. A row says what of their work ours does without. In
+`intervals` and `labels` each side runs once in this process, after what has to be compiled. In
 `weights` a row has the greatest memory of each side: anonymous memory (its own, sampled) and resident memory (with mapped files).
 """
 
@@ -28,10 +33,13 @@ from absl import flags
 from rad_jax import errors
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "weights", ["train_step", "projector_step", "decode", "weights"], "What is timed; see above."
+    "suite",
+    "weights",
+    ["train_step", "projector_step", "decode", "weights", "intervals", "labels"],
+    "What is timed; see above.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, not in `weights`.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, not in `weights`.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, in the first three suites.", lower_bound=1)
+_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, in the first three suites.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model in `weights`; 32 is Vicuna-7B.", lower_bound=1)
 _DIR = flags.DEFINE_string(
     "dir", "out/benchmark", "Folder for `weights` to work in; what is made there is deleted again."
@@ -45,6 +53,11 @@ def main(_: Sequence[str]) -> None:
     if _SUITE.value == "weights":
         rows = weights.run(Path(_DIR.value) / "weights", _LAYERS.value)
         weights.table(rows)
+    elif _SUITE.value in ("intervals", "labels"):
+        from evaluation import benchmark
+
+        rows = benchmark.bootstrap() if _SUITE.value == "intervals" else benchmark.labels_per_second()
+        benchmark.table(rows)
     else:
         rows = llava.run(_SUITE.value, _ROUNDS.value, _THREADS.value)
         pairs.table(rows)
