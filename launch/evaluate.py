@@ -1,4 +1,4 @@
-"""Scores predictions files and writes results.json, results.md, results.csv, results.tex and per_report.jsonl.
+"""Scores predictions files and writes results.json, results.md, results.csv, results.tex, per_report.jsonl and report.html.
 
     python -m launch.evaluate PREDS.jsonl --out=DIR
     python -m launch.evaluate OURS.jsonl THEIRS.jsonl --out=DIR --profile=llava-rad,native
@@ -13,10 +13,14 @@ every number's signature says how it was made. Metrics that need weights are lis
 (of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
-per_report.jsonl has every report's own score.
+per_report.jsonl has every report's own score. report.html is one file for a browser, offline: scores, findings, and the --cases worst reports
+beside their references, with images from --data and, with --attention=DIR of launch.ground --every_word, the map of each word of the first
+system under the mouse. Unless the data is public (--access, or a corpus that is drawn), it carries a banner and is readable by its owner
+alone; --html=redacted leaves every text, image and id out.
 """
 
 import csv
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +28,13 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import bleu, labels, profiles, radgraph, report, tables
+from evaluation import bleu, html_sources, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
 from rad_jax import errors
 from rad_jax.errors import UserError
 
 FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
+PAGE = "report.html"
 
 
 def read_inputs(
@@ -136,9 +141,19 @@ def main(argv: Sequence[str]) -> None:
         groups=read_groups(Path(options.groups)) if options.groups else None,
         **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
     )
-    result = evaluate(inputs, wanted, Path(options.out), options.require)
+    if options.access:
+        wanted = dataclasses.replace(wanted, access=options.access)
+    out, data = Path(options.out), Path(options.data) if options.data else None
+    result = evaluate(inputs, wanted, out)
+    files = FILES
+    if options.html != "none":
+        count = options.cases if options.html == "full" else 0
+        attention = Path(options.attention) if options.attention else None
+        html_sources.write_page(result, inputs, out / PAGE, count, data, attention)
+        files = (*FILES, PAGE)
+    report.require(result, options.require)
     print_result(result)
-    print(f"\nwritten: {options.out}/{{{','.join(FILES)}}}")
+    print(f"\nwritten: {options.out}/{{{','.join(files)}}}")
 
 
 def print_result(result: Any) -> None:
@@ -171,6 +186,12 @@ def define_flags() -> None:
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
+    flags.DEFINE_enum("html", "full", ["full", "redacted", "none"], "report.html: with cases, scores alone, or none.")
+    flags.DEFINE_integer("cases", 50, "Cases in report.html, the worst first.", lower_bound=1)
+    flags.DEFINE_string("attention", None, "Folder of launch.ground --every_word for the first predictions file.")
+    flags.DEFINE_enum(
+        "access", None, ["public", "credentialed", "private"], "Who may see the data; else the corpus says."
+    )
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)
 
