@@ -9,8 +9,10 @@ A file has one JSON object per line with id, query, reference and prediction, as
 systems: scored on the studies that all of them hold, each compared with the first, paired. Predictions that launch.generate
 wrote with --pixels=noise or --pixels=shuffled, put beside the real ones, show how much of a score needs the image.
 --profile is one or more of native, llava-rad, radeval, rexrank, r2gen, maira: the same name is another number in each, and
-every number's signature says how it was made. Metrics that need weights are listed as warnings; --labels gives label files
-(of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
+every number's signature says how it was made. Metrics that need weights are listed as warnings, unless
+--weights=DIR has them (launch.doctor says what belongs there); --labels gives label files (of CheXbert, say) for the references and for every
+predictions file in turn, --radgraph the same for RadGraph's annotations. --idf=REPORTS.csv (a findings column) fixes the word frequencies
+that BERTScore is weighted by.
 --groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
 per_report.jsonl has every report's own score. report.html is one file for a browser, offline: scores, findings, and the --cases worst reports
@@ -30,6 +32,7 @@ from absl import flags
 
 from evaluation import bleu, html_sources, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
+from launch import label
 from rad_jax import errors
 from rad_jax.errors import UserError
 
@@ -96,6 +99,11 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
         return {row["id"]: {name: value or "" for name, value in row.items() if name != "id"} for row in reader}
 
 
+def idf_corpus(path: Path) -> tuple[list[str], str]:
+    """The findings of a CSV or JSONL file of reports, and the file's sha256. Raises UserError as `label.read_texts`."""
+    return list(label.read_texts(path, "id", "findings").values()), report.sha256(path)
+
+
 def profile_names(value: str) -> list[str]:
     """The profiles of --profile. Raises UserError for an unknown one."""
     names = value.split(",")
@@ -143,6 +151,11 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.access:
         wanted = dataclasses.replace(wanted, access=options.access)
+    if options.weights:
+        from evaluation import models
+
+        corpus = idf_corpus(Path(options.idf)) if options.idf else None
+        inputs, wanted = models.fill(inputs, wanted, Path(options.weights), corpus)
     out, data = Path(options.out), Path(options.data) if options.data else None
     result = evaluate(inputs, wanted, out)
     files = FILES
@@ -185,6 +198,8 @@ def define_flags() -> None:
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
+    flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
+    flags.DEFINE_string("idf", None, "Reports (id, findings) whose word frequencies weigh BERTScore.")
     flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
     flags.DEFINE_enum("html", "full", ["full", "redacted", "none"], "report.html: with cases, scores alone, or none.")
     flags.DEFINE_integer("cases", 50, "Cases in report.html, the worst first.", lower_bound=1)

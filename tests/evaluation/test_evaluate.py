@@ -352,7 +352,7 @@ def test_command_prints_a_table(tmp_path: Path) -> None:
     assert "1 of 4 predictions are empty and score as such." in done.stdout
     assert "| system" in done.stdout and "ROUGE-L" in done.stdout
     assert CLEAR not in done.stdout + done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(command.FILES)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted((*command.FILES, command.PAGE))
 
 
 @pytest.mark.parametrize(

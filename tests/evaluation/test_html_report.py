@@ -178,7 +178,8 @@ def test_200_reports_in_a_browser(
     with Image.open(shot) as image:
         assert image.size == (width, 2000)
     inner, scroll, broken, wide = browser.measure(html, width)
-    assert (inner, scroll, broken, wide) == (width, width, 0, 0)
+    assert (inner, broken, wide) == (width, 0, 0)
+    assert scroll <= width  # the bar beside a long page takes some of it
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """RadGraph's span model against its formulas written out in torch, on an archive of random weights."""
 
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -53,7 +54,7 @@ RELATIONS = ["modify", "located_at", "suggestive_of"]
 
 
 def linears(sizes: list[int]) -> Any:
-    return torch.nn.ModuleList([torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)])
+    return torch.nn.ModuleList([torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
 
 
 @pytest.fixture(scope="module")
