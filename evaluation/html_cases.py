@@ -56,7 +56,7 @@ def parse(text: str) -> list[findings.Finding]:
         (name, side, None, None)
         for i, name in _FINDINGS
         if codes[i] == POSITIVE
-        for side in sorted(where.get(name, ())) or [None]
+        for side in (sorted(where[name]) if name in where else [None])
     ]
 
 

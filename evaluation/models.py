@@ -44,13 +44,13 @@ def fill(
         signature["semb_score"] = f"semb|model:{labeler.sha256[:8]}|agg:mean"
         if options.reference_labels is None:
             codes = dict(zip(texts, found.codes, strict=True))
-            out = [_replace(item, "labels", codes) for item in out]
+            out = [dataclasses.replace(item, labels=_of_predictions(item, codes)) for item in out]
             known: dict[str, Any] = {name: codes[text] for name, text in whole.items()}
             options = dataclasses.replace(options, reference_labels=known, labels_how=labeler.sha256[:8])
     if "radgraph" in there and options.reference_annotations is None:
         model = RadGraphModel(folder / "radgraph")
         entities = _once(model.annotate, said)
-        out = [_replace(item, "annotations", entities) for item in out]
+        out = [dataclasses.replace(item, annotations=_of_predictions(item, entities)) for item in out]
         how = f"v1-{model.sha256[:8]}"
         known = {name: entities[text] for name, text in whole.items()}
         options = dataclasses.replace(options, reference_annotations=known, annotations_how=how)
@@ -112,5 +112,5 @@ def _once(function: Callable[[Sequence[str]], Sequence[Any]], texts: Iterable[st
     return dict(zip(different, function(different), strict=True))
 
 
-def _replace(item: report.Input, name: str, by_text: dict[str, Any]) -> report.Input:
-    return dataclasses.replace(item, **{name: {row.id: by_text[row.prediction] for row in item.read.rows}})
+def _of_predictions(item: report.Input, by_text: dict[str, Any]) -> dict[str, Any]:
+    return {row.id: by_text[row.prediction] for row in item.read.rows}

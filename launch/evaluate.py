@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
         inputs, wanted = models.fill(inputs, wanted, Path(options.weights), corpus)
     out, data = Path(options.out), Path(options.data) if options.data else None
     result = evaluate(inputs, wanted, out)
-    files = FILES
+    files: tuple[str, ...] = FILES
     if options.html != "none":
         count = options.cases if options.html == "full" else 0
         attention = Path(options.attention) if options.attention else None

@@ -145,7 +145,8 @@ def test_maps_of_other_texts_are_refused(evaluated: tuple[list[report.Input], An
     case = cases(inputs)[0]
     with pytest.raises(UserError, match=r"no words\.npz"):
         html_sources.with_attention([case], tmp_path)
-    np.savez(tmp_path / "words.npz", **{case.id: np.zeros((1, 2, 2), np.float16)})
+    maps: dict[str, Any] = {case.id: np.zeros((1, 2, 2), np.float16)}
+    np.savez(tmp_path / "words.npz", **maps)
     known = {case.id: {"text": case.texts["first"], "spans": [[0, 3]]}}
     (tmp_path / "words.json").write_text(json.dumps(known))
     (shown,) = html_sources.with_attention([case], tmp_path)

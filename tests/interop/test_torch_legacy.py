@@ -48,7 +48,7 @@ class Hostile:
 
 def test_no_code_is_run(tmp_path, monkeypatch):
     path = save(tmp_path / "m.pth", {"w": torch.ones(2), "x": Hostile()})
-    ran = []
+    ran: list[str] = []
     monkeypatch.setattr(os, "system", ran.append)
     with pytest.raises(UserError, match=r"asks for (posix|nt|os)\.system"):
         torch_legacy.read(path)
