@@ -1,6 +1,6 @@
 """Image and text embeddings of the contrastive model, for retrieval; the ranks and their protocol live in evaluation/."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -44,3 +44,15 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
         for name, values in (("images", images), ("texts", texts), ("index", batch["index"])):
             rows[name].append(values[real])
     return {name: np.concatenate(values) for name, values in rows.items()}
+
+
+def embed_texts(model: Clip, variables: Tree, ids: Sequence[Sequence[int]], mesh: Mesh) -> np.ndarray:
+    """Unit vectors float32 [n, E] of n texts given as token ids (prompts.render_clip), in one batch on every device."""
+    tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
+    for row, own in zip(tokens, ids, strict=True):
+        row[: len(own)] = own
+    lengths = np.array([len(own) for own in ids], np.int32)
+    with jax.set_mesh(mesh):
+        return np.asarray(
+            jax.jit(model.apply, static_argnames="method")(variables, tokens, lengths, method="encode_text")
+        )

@@ -103,3 +103,18 @@ def test_every_word_of_the_predictions(chain, training, tmp_path):
     assert page.count('class="map"') == sum(len(words[line["id"]]["spans"]) for line in lines)
     assert page.count('alt="Radiograph"') == len(lines)
     assert "Restricted data" not in page  # drawn films
+
+
+@pytest.mark.slow
+def test_zero_shot_beside_retrieval(chain, training, tmp_path):
+    """Fourteen classes of drawn films; with a model of four steps what matters is that counts and intervals are whole."""
+    out = tmp_path / "r.json"
+    command = [sys.executable, "-m", "launch.retrieve", f"--checkpoint={chain / 'stage1'}", f"--data={training.corpus}"]
+    command += ["--split=train", "--zero_shot", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["zero_shot"]
+    assert len(found["classes"]) == 14 and 0 < found["mean_auroc"] < 1
+    for scores in found["classes"].values():
+        assert (scores["auroc"] is None) == (scores["positive"] in (0, scores["n"] - scores["uncertain"]))
+    assert "zero-shot AUROC, mean of" in done.stdout
