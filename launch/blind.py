@@ -50,12 +50,10 @@ def main(_: Sequence[str]) -> None:
     if not given:
         assert data is not None
         given = write_all(Path(options.checkpoint), data, options.split, options.limit, options.batch_size, out)
-    inputs = [
-        report.Input(way, item.read, item.path)
-        for way, item in zip(WAYS, evaluate.read_inputs(given), strict=True)
-    ]  # fmt: skip
+    read = evaluate.read_inputs(given)
+    inputs = [report.Input(way, item.read, item.path) for way, item in zip(WAYS, read, strict=True)]
     wanted = report.Options(**evaluate.corpus_options(data, False, inputs))
-    _, (part,), _ = report.score(inputs, wanted)
+    part = report.score(inputs, wanted)[1][0]
     rows = blindness.panel(part.systems, part.setting)
     table = tables.markdown_table(blindness.table(rows, list(tables.HEADLINES)))
     (out / "blindness.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ every number's signature says how it was made. Metrics that need weights are lis
 --weights=DIR has them (launch.doctor says what belongs there); --labels gives label files (of CheXbert, say) for the references and for every
 predictions file in turn, --radgraph the same for RadGraph's annotations. --idf=REPORTS.csv (a findings column) fixes the word frequencies
 that BERTScore is weighted by.
---groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
+--groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports; --groups=corpus takes
+view, sex, age and whether there is an indication from --data.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
 per_report.jsonl has every report's own score. report.html is one file for a browser, offline: scores, findings, and the --cases worst reports
 beside their references, with images from --data and, with --attention=DIR of launch.ground --every_word, the map of each word of the first
@@ -38,6 +39,7 @@ from rad_jax.errors import UserError
 
 FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
 PAGE = "report.html"
+CORPUS = "corpus"
 
 
 def read_inputs(
@@ -58,11 +60,15 @@ def read_inputs(
     ]
 
 
-def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[report.Input]) -> dict[str, Any]:
+def corpus_options(
+    data: Path | None, with_baselines: bool, inputs: Sequence[report.Input], with_groups: bool = False
+) -> dict[str, Any]:
     """What a packed corpus adds to `report.Options`; nothing without one."""
     if data is None:
         if with_baselines:
             raise UserError("--baselines needs --data=CORPUS: they are made from its training split")
+        if with_groups:
+            raise UserError("--groups=corpus needs --data=CORPUS, or give a CSV file of groups")
         return {}
     from data.phantom.parser import parse
     from evaluation import corpus as corpora
@@ -74,6 +80,7 @@ def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[rep
         "studies": corpora.studies_of(corpus, records),
         "parse": parse,
         "baselines": corpora.baseline_reports(corpus, records) if with_baselines else {},
+        **({"groups": corpora.groups_of(records)} if with_groups else {}),
         "access": "public" if corpus.meta["dataset"] in corpora.ANNOTATED else "private",
     }
 
@@ -146,8 +153,10 @@ def main(argv: Sequence[str]) -> None:
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
         draws=options.draws,
-        groups=read_groups(Path(options.groups)) if options.groups else None,
-        **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
+        **({"groups": read_groups(Path(options.groups))} if options.groups and options.groups != CORPUS else {}),
+        **corpus_options(
+            Path(options.data) if options.data else None, options.baselines, inputs, options.groups == CORPUS
+        ),
     )
     if options.access:
         wanted = dataclasses.replace(wanted, access=options.access)
@@ -200,7 +209,9 @@ def define_flags() -> None:
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
     flags.DEFINE_string("idf", None, "Reports (id, findings) whose word frequencies weigh BERTScore.")
-    flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
+    flags.DEFINE_string(
+        "groups", None, "CSV with id and columns such as view, sex, age, or 'corpus': scores per group."
+    )
     flags.DEFINE_enum("html", "full", ["full", "redacted", "none"], "report.html: with cases, scores alone, or none.")
     flags.DEFINE_integer("cases", 50, "Cases in report.html, the worst first.", lower_bound=1)
     flags.DEFINE_string("attention", None, "Folder of launch.ground --every_word for the first predictions file.")

@@ -24,8 +24,9 @@ def test_attention_of_the_tower(training):
     batch = training.batch(config, rows=3, seed=5)
     seen, like = (np.asarray(x) for x in attention_of_tower(model, variables, batch))
     vision = model.config.vision
+    assert vision is not None
     assert seen.shape == (3, vision.depth, vision.heads, vision.patches) and like.shape == (3, vision.patches)
-    assert ((seen > 0).all(), (seen.sum(-1) < 1).all()) == (True, True)
+    assert (seen > 0).all() and (seen.sum(-1) < 1).all()
 
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["vision"])
     pixels = normalise(batch["image"], np, vision.pixel_mean, vision.pixel_std).astype(np.float64)
@@ -54,7 +55,7 @@ def test_attention_of_the_tower(training):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage3", "stage1"])
 def test_command_on_real_boxes(chain, real, tmp_path, stage):
-    """153 boxes and masks that radiologists drew, and models of four steps: everything runs, and pointing is not told from chance."""
+    """153 boxes and masks that radiologists drew, and models of four steps: everything runs, and pointing is at chance."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "launch.ground", f"--checkpoint={chain / stage}", f"--out={out}"]
     command += [f"--boxes={real / 'grounding_boxes.csv'}", f"--patients={real / 'reports.csv'}"]
@@ -65,7 +66,8 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
     assert result["n"] + result["validation_n"] + len(result["skipped"]) == 147  # boxes of one film and phrase are one
     assert result["patients"] + result["validation_patients"] == 44
     assert set(result["phrases"]) >= {"left lung", "right lung"}
-    assert 0.05 < result["chance"]["value"] < 0.3
+    assert 0.25 < result["chance"]["value"] < 0.35  # a lung is a third of a film
+    assert result["shuffled"]["p"] > 0.01 and "pointing is at chance" in done.stdout
     for name in ("accuracy", "mass", "contrast", "mean_iou"):
         assert result[name]["ci"][0] <= result[name]["value"] <= result[name]["ci"][1]
     assert f"{result['n']} phrases of {result['patients']} other patients" in done.stdout

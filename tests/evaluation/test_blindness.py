@@ -64,7 +64,7 @@ def test_command_on_given_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command_from_a_checkpoint(chain, training, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_command_from_a_checkpoint(chain, training, tmp_path: Path) -> None:
     arguments = [f"--checkpoint={chain / 'stage3'}", f"--data={training.corpus}", "--split=train", "--limit=4"]
     done = run(*arguments, "--batch_size=4", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -372,3 +372,16 @@ def test_command_ends_in_one_sentence(tmp_path: Path, arguments: list[str], mess
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_groups_of_a_corpus() -> None:
+    known = {"view": "AP", "sex": "F", "age": 63, "indication": "Cough."}
+    records = {"a": known, "b": {**known, "sex": "", "age": -1, "indication": " "}, "c": {**known, "age": 91}}
+    found = corpora.groups_of(records)
+    assert found["a"] == {"view": "AP", "sex": "F", "age": "60-79", "indication": "given"}
+    assert found["b"] == {"view": "AP", "sex": "", "age": "", "indication": "absent"}
+    assert [corpora.groups_of({"x": {"age": age}})["x"]["age"] for age in (0, 17, 18, 39, 80, 91)] == [
+        *("00-17", "00-17", "18-39", "18-39", "80+", "80+"),
+    ]
+    with pytest.raises(UserError, match="--groups=corpus needs"):
+        command.corpus_options(None, False, [], True)
