@@ -153,11 +153,12 @@ def main(argv: Sequence[str]) -> None:
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
         draws=options.draws,
-        **({"groups": read_groups(Path(options.groups))} if options.groups and options.groups != CORPUS else {}),
         **corpus_options(
             Path(options.data) if options.data else None, options.baselines, inputs, options.groups == CORPUS
         ),
     )
+    if options.groups and options.groups != CORPUS:
+        wanted = dataclasses.replace(wanted, groups=read_groups(Path(options.groups)))
     if options.access:
         wanted = dataclasses.replace(wanted, access=options.access)
     if options.weights:
