@@ -47,12 +47,12 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
 
 
 def embed_texts(model: Clip, variables: Tree, ids: Sequence[Sequence[int]], mesh: Mesh) -> np.ndarray:
-    """Unit vectors float32 [n, E] of n texts given as token ids (prompts.render_clip), in one batch on every device."""
-    tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
-    for row, own in zip(tokens, ids, strict=True):
-        row[: len(own)] = own
-    lengths = np.array([len(own) for own in ids], np.int32)
+    """Unit vectors float32 [n, E] of n texts given as token ids (prompts.render_clip), all in one batch."""
+    size = -(-len(ids) // mesh.size) * mesh.size
+    tokens, lengths = np.zeros((size, max(map(len, ids))), np.int32), np.ones(size, np.int32)
+    for i, own in enumerate(ids):
+        tokens[i, : len(own)], lengths[i] = own, len(own)
+    embed = jax.jit(lambda variables, tokens, length: model.apply(variables, tokens, length, method="encode_text"))
     with jax.set_mesh(mesh):
-        return np.asarray(
-            jax.jit(model.apply, static_argnames="method")(variables, tokens, lengths, method="encode_text")
-        )
+        placed = sharding.place_whole({"tokens": tokens, "length": lengths}, mesh)
+        return sharding.gather(embed(variables, **placed))[: len(ids)]

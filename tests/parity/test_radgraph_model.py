@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import radgraph, radgraph_model
+from evaluation import models, radgraph, radgraph_model, report
+from evaluation.predictions import Predictions, Row
 from evaluation.radgraph_model import RadGraphModel
 from rad_jax.errors import UserError
 
@@ -219,6 +220,20 @@ def test_words_of_a_report() -> None:
     assert radgraph_model.words("A 3.5cm mass, left-sided (new).") == [
         *["A", "3", ".", "5cm", "mass", ",", "left-sided", "(", "new", ")", "."]
     ]
+
+
+def test_in_the_evaluation(theirs: dict[str, Any], model: RadGraphModel, tmp_path: Path) -> None:
+    """A folder of weights with this model alone gives F1 over what the model reads in both texts."""
+    unpacked(tmp_path, archive(tmp_path, state(theirs))).rename(tmp_path / "radgraph")
+    rows = [Row("a", "", REPORTS[0], REPORTS[3], 1), Row("b", "", REPORTS[3], REPORTS[3], 2)]
+    filled = models.fill([report.Input("p", Predictions(rows, []))], report.Options(draws=100), tmp_path)
+    result, _ = report.evaluate(*filled)
+    read = dict(zip(REPORTS, model.annotate(REPORTS), strict=True))
+    for form in ("simple", "partial", "complete"):
+        expected = [radgraph.f1(read[row.prediction], read[row.reference], form, False) for row in rows]
+        found = report.lookup(result, f"radgraph_{form}") or {}
+        assert found["value"] == pytest.approx(np.mean(expected)) and found["value"] > 0.5
+        assert "annotations:v1-" in found["signature"]
 
 
 @pytest.mark.parametrize(
