@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import corpus as corpora
 from evaluation import html_report, report
 from evaluation.html_cases import Case, Looked, worst
-from rad_jax import images
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 
 def write_page(
@@ -39,6 +36,10 @@ def write_page(
 
 def with_films(cases: Sequence[Case], data: Path) -> list[Case]:
     """The cases with what the model saw, where the corpus has a readable image."""
+    from evaluation import corpus as corpora
+    from rad_jax import images
+    from rad_jax.input_pipeline import Corpus
+
     corpus = Corpus.open(data)
     records = corpora.records_of(corpus, {case.id for case in cases})
     out = []
