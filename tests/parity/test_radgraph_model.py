@@ -6,6 +6,8 @@ same entities and relations.
 
 import itertools
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,19 @@ def test_annotations_follow_from_the_scores(theirs: dict[str, Any], model: RadGr
     assert sum(len(e["relations"]) for a in found for e in a.values()) > 5
     radgraph_model.write(tmp_path / "a.json", ["a", "b", "c", "d"], found)
     assert radgraph.read(tmp_path / "a.json")["a"] == found[0]
+
+
+def test_command_writes_annotations(theirs: dict[str, Any], model: RadGraphModel, tmp_path: Path) -> None:
+    folder = unpacked(tmp_path, archive(tmp_path, state(theirs)))
+    lines = [json.dumps({"id": str(i), "prediction": text}) for i, text in enumerate(REPORTS)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "launch.label", str(tmp_path / "p.jsonl"), "--text=prediction"]
+    command += [f"--radgraph={folder}", f"--out={tmp_path / 'e.json'}"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = radgraph.read(tmp_path / "e.json")
+    assert list(found.values()) == model.annotate(REPORTS)
+    assert f"4 reports, {sum(map(len, found.values()))} entities" in done.stdout and "effusion" not in done.stdout
 
 
 def test_words_of_a_report() -> None:
