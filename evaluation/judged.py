@@ -1,6 +1,6 @@
-"""The arithmetic that turns a judge's findings into scores: GREEN, CRIMSON and RadFact. Who judges, and how it is asked, is not decided here.
+"""The arithmetic that turns a judge's findings into scores: CRIMSON, and RadFact with boxes. Who judges, and how it is asked, is not decided here.
 
-GREEN: Ostmeier et al. 2024. CRIMSON: the definition of its package, 0.2.0. RadFact: Bannur et al., MAIRA-2 (2024), section 4.
+CRIMSON: the definition of its package, 0.2.0. RadFact: Bannur et al., MAIRA-2 (2024), section 4.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,6 @@ CRIMSON_WEIGHTS = {"urgent": 1.0, "actionable": 0.5, "not_actionable": 0.25, "be
 CRIMSON_ATTRIBUTES = {"significant": 0.5, "negligible": 0.0}
 PIXELS = 224  # side of the raster on which boxes are compared
 COVERED = 0.5  # share of a phrase's boxes that the evidence must cover
-
-
-def green(significant_errors: Sequence[int], matched: int) -> float:
-    """matched / (matched + clinically significant errors), 0 where nothing matched; insignificant errors do not count."""
-    return matched / (matched + sum(significant_errors)) if matched else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,6 @@ from evaluation.judged import Matched, Phrase
 
 
 @pytest.mark.parametrize(
-    ("significant", "matched", "expected"),
-    [
-        ((2, 3, 0, 1, 0, 0), 0, 0.0),  # replies in the tests of GREEN, read by its own parser
-        ((2, 1, 2, 0, 0, 0), 1, 0.166667),
-        ((0, 2, 1, 1, 0, 0), 2, 0.333333),
-        ((1, 0, 0, 0, 0, 0), 1, 0.5),
-        ((1, 0, 1, 1, 0, 0), 1, 0.25),
-        ((0, 0, 0, 0, 0, 0), 3, 1.0),
-    ],
-)
-def test_green(significant: tuple[int, ...], matched: int, expected: float) -> None:
-    assert judged.green(significant, matched) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(
     ("matched", "missed", "invented", "expected"),
     [
         ([Matched("urgent")], [], [], 1.0),  # crimson-score 0.2.0
