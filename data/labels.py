@@ -1,4 +1,4 @@
-"""The 14 classes of CheXpert (Irvin et al. 2019), in the order of every label vector here.
+"""Label vectors of the 14 classes of `rad_jax.findings.CHEXPERT`, in its order.
 
 1 positive, 0 negative, -1 uncertain, -2 not stated.
 """
@@ -7,22 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-CHEXPERT = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-    "No Finding",
-)
+from rad_jax.findings import CHEXPERT
+
 NOT_STATED = -2
 
 

@@ -10,7 +10,7 @@ tables random; that does not change the work.
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,14 @@ def labels_per_second(reports: int = 128, depth: int = 12, width: int = 768, see
             }
             rows.append(row | {"reports": reports, "ours_per_s": reports / ours_s, "peer_per_s": reports / peer_s})
     return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows for people."""
+    print(f"{'':30}{'ours':>11}{'peer':>12}{'ratio':>9}")
+    for row in rows:
+        rate = f"  {row['ours_per_s']:.1f} / {row['peer_per_s']:.1f} reports per s" if "ours_per_s" in row else ""
+        print(f"{row['name']:30}{row['ours_s']:10.3f}s{row['peer_s']:11.2f}s{row['ratio']:9.1f}{rate}")
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:

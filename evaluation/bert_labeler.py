@@ -7,21 +7,19 @@ found by form, not by name: one BERT under some prefix, and beside it matrices o
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from evaluation import encoder
 from evaluation.labels import CLASSES
 from rad_jax.errors import UserError
 from rad_jax.prompts import Tokenizer, load_tokenizer
 
 HEADS = (4,) * 13 + (2,)
-LENGTHS = (64, 128, 256, 512)  # texts are padded to the next of these, one compilation each
-BATCH = 64
-_WORDS = "embeddings.word_embeddings.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +44,16 @@ class BertLabeler:
 
     def __init__(self, weights: Path, vocabulary: Path) -> None:
         import jax
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        from rad_jax.interop import sources
-
-        tensors = dict(sources.open_source(weights))
-        self.config, self._params = _read(tensors, weights)
+        read = encoder.read(weights)
+        self.config, self.sha256 = read.config, read.sha256
         self.tokenizer: Tokenizer = load_tokenizer(vocabulary)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{vocabulary} has more words than the model in {weights}: give the vocabulary it was trained with"
             )
-        mesh = Mesh(np.array(jax.devices()), ("data",))
-        self._devices = mesh.size
-        self._by_row = NamedSharding(mesh, PartitionSpec("data"))
-        self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
+        self._devices = encoder.Devices()
+        self._params = self._devices.whole({"encoder": read.params, "heads": _heads(read, weights)})
         self._apply = jax.jit(self._logits)
 
     def _logits(self, params: Any, tokens: Any, lengths: Any) -> tuple[Any, Any]:
@@ -76,27 +69,29 @@ class BertLabeler:
 
     def encode(self, text: str) -> list[int]:
         """[CLS], the words of the text with its white space collapsed, [SEP]; at most as many as the model has positions."""
-        most = min(self.config.max_positions, LENGTHS[-1]) - 2
+        most = min(self.config.max_positions, encoder.LENGTHS[-1]) - 2
         words = self.tokenizer.encode(" ".join(text.split()))[:most]
         return [self.tokenizer.bos_id, *words, self.tokenizer.eos_id]
 
-    def logits(self, texts: Sequence[str], batch_size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
+    def logits(self, texts: Sequence[str], batch_size: int = encoder.BATCH) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [n, 54] and class tokens [n, D] of n texts."""
         import jax
 
         encoded = [self.encode(text) for text in texts]
-        size = -(-batch_size // self._devices) * self._devices
+        size = self._devices.batch(batch_size)
         logits = np.zeros((len(texts), sum(HEADS)), np.float32)
         cls = np.zeros((len(texts), self.config.width), np.float32)
+        lengths = [len(ids) for ids in encoded]
         with tqdm(total=len(texts), desc="labelling", unit="report", disable=None) as bar:
-            for index, tokens, lengths in _batches(encoded, self.config.max_positions, size, self.tokenizer.pad_id):
-                found = self._apply(self._params, *jax.device_put((tokens, lengths), self._by_row))
+            for length, index in encoder.buckets(lengths, self.config.max_positions, size):
+                batch = encoder.padded([encoded[i] for i in index], size, length, self.tokenizer.pad_id)
+                found = self._apply(self._params, *self._devices.rows(batch))
                 for into, values in zip((logits, cls), jax.device_get(found), strict=True):
                     into[index] = values[: len(index)]
                 bar.update(len(index))
         return logits, cls
 
-    def label(self, texts: Sequence[str], batch_size: int = BATCH) -> Labels:
+    def label(self, texts: Sequence[str], batch_size: int = encoder.BATCH) -> Labels:
         """Codes, margins and class tokens of n texts."""
         logits, cls = self.logits(texts, batch_size)
         parts = np.split(logits, np.cumsum(HEADS)[:-1], axis=1)
@@ -105,45 +100,9 @@ class BertLabeler:
         return Labels(codes, np.stack([part[:, -1] - part[:, -2] for part in best], axis=1), cls)
 
 
-def _batches(
-    encoded: Sequence[Sequence[int]], most: int, size: int, pad: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Positions, tokens int32 [B, T] and lengths [B]; texts of like length together, the last batch of a length filled up to `size`."""
-    order = np.argsort([len(ids) for ids in encoded], kind="stable")
-    lengths = sorted({min(length, most) for length in LENGTHS})
-    for low, length in zip([0, *lengths], lengths, strict=False):
-        own = [i for i in order if low < len(encoded[i]) <= length]
-        for start in range(0, len(own), size):
-            index = np.array(own[start : start + size])
-            tokens, counts = np.full((size, length), pad, np.int32), np.ones(size, np.int32)
-            for row, i in enumerate(index):
-                tokens[row, : len(encoded[i])] = encoded[i]
-                counts[row] = len(encoded[i])
-            yield index, tokens, counts
-
-
-def _read(tensors: dict[str, np.ndarray], path: Path) -> tuple[Any, Any]:
-    """Configuration and parameters of the encoder and the heads, from tensors of any names."""
-    from rad_jax.interop import hf_bert, tables
-    from rad_jax.models.bert import BertConfig
-
-    prefixes = [name.removesuffix(_WORDS) for name in tensors if name.endswith(_WORDS)]
-    if len(prefixes) != 1:
-        raise UserError(
-            f"{path} holds {len(prefixes)} BERT encoders: give the checkpoint of one BERT with {len(HEADS)} heads"
-        )
-    prefix = prefixes[0]
-    bert = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    config = BertConfig(
-        vocab_size=bert[_WORDS].shape[0],
-        width=bert[_WORDS].shape[1],
-        depth=len({name.split(".")[2] for name in bert if name.startswith("encoder.layer.")}),
-        heads=max(1, bert[_WORDS].shape[1] // 64),
-        mlp_dim=bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        max_positions=bert["embeddings.position_embeddings.weight"].shape[0],
-        token_types=bert["embeddings.token_type_embeddings.weight"].shape[0],
-    )
-    others = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+def _heads(read: encoder.Encoder, path: Path) -> dict[str, np.ndarray]:
+    """kernel float32 [D, 54] and bias [54] of all heads side by side, from tensors of any names."""
+    others, config = read.others, read.config
     names = sorted((n for n, value in others.items() if value.ndim == 2), key=_natural)
     sizes = tuple(others[name].shape[0] for name in names)
     biases = [name.removesuffix("weight") + "bias" for name in names]
@@ -152,8 +111,7 @@ def _read(tensors: dict[str, np.ndarray], path: Path) -> tuple[Any, Any]:
             f"{path}: beside the encoder stand matrices of {list(sizes)} classes instead of {len(CLASSES)} heads of {list(HEADS)}"
         )
     kernel = np.concatenate([others[name].astype(np.float32) for name in names]).T
-    heads = {"kernel": kernel, "bias": np.concatenate([others[name].astype(np.float32) for name in biases])}
-    return config, {"encoder": tables.load(hf_bert.table(config), bert), "heads": heads}
+    return {"kernel": kernel, "bias": np.concatenate([others[name].astype(np.float32) for name in biases])}
 
 
 def _natural(name: str) -> list[Any]:

@@ -48,6 +48,29 @@ def studies_of(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, 
     }
 
 
+AGES = (18, 40, 60, 80)  # years at which a group of ages begins
+
+
+def groups_of(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """id -> view, sex, age (in groups that begin at `AGES`) and whether an indication was given; what a record does not say is empty."""
+    return {
+        name: {
+            "view": str(record.get("view", "")),
+            "sex": str(record.get("sex", "")),
+            "age": _ages(int(record.get("age", -1))),
+            "indication": "given" if str(record.get("indication", "")).strip() else "absent",
+        }
+        for name, record in records.items()
+    }
+
+
+def _ages(years: int) -> str:
+    if years < 0:
+        return ""
+    low = max((age for age in (0, *AGES) if age <= years), default=0)
+    return f"{low:02d}-{next((age for age in AGES if age > low), 999) - 1}" if low < AGES[-1] else f"{low}+"
+
+
 def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
     """What the baselines of `evaluation.baselines` answer, from the training split: name -> {id: report}.
 

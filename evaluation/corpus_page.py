@@ -61,10 +61,10 @@ def write(
         warnings: what to mend before training; empty if nothing was found.
         shared: films that two splits share, if there are any.
     """
-    here, path = Path(__file__).parent, Path(path)
+    here = Path(__file__).parent
     body = [_notice(warnings)]
     if shared:
-        body.append(f'<section id="shared"><h2>In two splits</h2>{page._table(shared)}</section>')
+        body.append(f'<section id="shared"><h2>In two splits</h2>{page.table_card(shared)}</section>')
     body += [_part(number, part, len(parts) > 1) for number, part in enumerate(parts)]
     links = [(f"part{number}-{key}", f"{part['name']}: {name}" if len(parts) > 1 else name)
              for number, part in enumerate(parts) for key, name in (("counts", "Counts"), ("films", "Films"), ("tables", "Tables"))]  # fmt: skip
@@ -76,11 +76,7 @@ def write(
         body="\n".join(body),
         footer="Made by rad_jax. This page holds images, texts and ids of the corpus: it is as sensitive as the corpus.",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8", errors="replace")
-    part.replace(path)
-    return path
+    return page.write(path, html)
 
 
 def _notice(warnings: Sequence[str]) -> str:
@@ -97,10 +93,10 @@ def _part(number: int, part: Part, named: bool) -> str:
         for title, bins in part["histograms"].items()
         if bins
     )
-    tables = "".join(page._table(table) for table in part["tables"] if table["rows"])
+    tables = "".join(page.table_card(table) for table in part["tables"] if table["rows"])
     films = "".join(_sample(sample) for sample in part["samples"])
     return (
-        f'<section id="part{number}-counts"><h2>{name}Counts</h2>{page._tiles(part["tiles"])}'
+        f'<section id="part{number}-counts"><h2>{name}Counts</h2>{page.tiles(part["tiles"])}'
         f'<h2>{name}Lengths</h2><div class="halves">{drawn}</div></section><section id="part{number}-films"><h2>{name}Films</h2>'
         f'<p class="hint">Evenly spaced over the splits, not chosen. White: boxes of the corpus.</p><div class="samples">{films}</div></section>'
         f'<section id="part{number}-tables"><h2>{name}Tables</h2><div class="halves">{tables}</div></section>'
@@ -133,7 +129,7 @@ def _sample(sample: Sample) -> str:
         film.thumbnail((_SIDE, _SIDE * 2))
         small = io.BytesIO()
         film.save(small, "PNG")
-    boxes = "".join(page._box(*map(float, box)) for _, box in sample["boxes"])
+    boxes = "".join(page.outline(*map(float, box)) for _, box in sample["boxes"])
     frame = f'viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="Boxes"'
     over = f"<svg {frame}>{boxes}</svg>" if boxes else ""
     named = ", ".join(what for what, _ in sample["boxes"])
@@ -142,7 +138,7 @@ def _sample(sample: Sample) -> str:
     texts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(words)}</dd></div>" for name, words in sample["texts"])
     return (
         f'<article class="card study"><h3>{escape(sample["title"])}</h3><div class="end">{escape(sample["facts"])}</div>'
-        f'<figure><div class="stage">{page._img(small.getvalue(), "Radiograph")}{over}</div>{caption}</figure>'
+        f'<figure><div class="stage">{page.image(small.getvalue(), "Radiograph")}{over}</div>{caption}</figure>'
         + (f'<ul class="chips">{labels}</ul>' if labels else "")
         + f'<dl class="report">{texts}</dl></article>'
     )

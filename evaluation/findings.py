@@ -162,6 +162,11 @@ def _kinds(true: dict[str, frozenset[str]], said: dict[str, frozenset[str]]) -> 
     return {name: kind(name) for name in sorted(true.keys() | said.keys())}
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the space after it; joined they give it back."""
+    return re.findall(r".+?(?:[.!?]+(?=\s|$)\s*|$)", text, flags=re.DOTALL)
+
+
 def segments(
     text: str,
     parse: Callable[[str], Sequence[Finding]],
@@ -177,7 +182,7 @@ def segments(
     true, said = sides(truth), sides(predicted)
     kinds = _kinds(true, said)
     out = []
-    for sentence in re.findall(r".+?(?:[.!?]+(?=\s|$)\s*|$)", text, flags=re.DOTALL):
+    for sentence in sentences(text):
         named = sides(parse(sentence))
         out.append((sentence, [(kinds[name], label(name, named[name])) for name in sorted(named) if name in kinds]))
     return out

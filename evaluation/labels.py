@@ -1,6 +1,6 @@
 """The 14 CheXpert classes as label tables: codes, order, and the CSV files that hold them.
 
-A table is int8 [n, 14] of class codes in the order of `CLASSES`, which is the order of CheXbert's heads (Smit et al. 2020). Files use
+A table is int8 [n, 14] of class codes in the order of `CLASSES`. Files use
 another code: empty (or "-", "nan") for not mentioned, 1 positive, 0 negative, -1 uncertain; their columns may stand in any order.
 """
 
@@ -11,23 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from rad_jax.errors import UserError
+from rad_jax.findings import CHEXPERT
 
-CLASSES = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-    "No Finding",
-)
+CLASSES = CHEXPERT
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
 _TO_FILE = {BLANK: "", POSITIVE: "1", NEGATIVE: "0", UNCERTAIN: "-1"}

@@ -1,4 +1,4 @@
-"""An attention map laid over its radiograph, as PNG bytes."""
+"""Attention maps as PNG bytes: laid over a radiograph, or alone and see-through."""
 
 import io
 
@@ -19,18 +19,39 @@ def overlay(image: np.ndarray, attention: np.ndarray) -> bytes:
     opacity, so unattended places stay grey. A flat map colours nothing. Raises ValueError for numbers that are not
     finite.
     """
+    height, width = image.shape
+    resized = Image.fromarray(_scaled(attention)).resize((width, height), Image.Resampling.BILINEAR)
+    strength = np.clip(np.asarray(resized), 0.0, 1.0)[..., None]
+    opacity = _STRONGEST * strength
+    return _png(image[..., None] * (1 - opacity) + _colour(strength) * opacity)
+
+
+def heat(attention: np.ndarray) -> bytes:
+    """The same colours and opacities for attention float [h, w] alone: an RGBA PNG of h x w pixels, to be drawn over the image by a browser.
+
+    Raises ValueError for numbers that are not finite.
+    """
+    strength = _scaled(attention)[..., None]
+    return _png(np.concatenate([_colour(strength), 255 * _STRONGEST * strength], axis=-1))
+
+
+def _scaled(attention: np.ndarray) -> np.ndarray:
+    """float32 [h, w] from 0 to 1; a flat map is 0."""
     if not np.isfinite(attention).all():
         raise ValueError("attention map contains numbers that are not finite")
-    height, width = image.shape
     low, high = float(attention.min()), float(attention.max())
     scaled = (attention - low) / (high - low) if high > low else np.zeros_like(attention)
-    resized = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    strength = np.clip(np.asarray(resized), 0.0, 1.0)
-    at = strength[..., None] * (len(_RAMP) - 1)
+    return scaled.astype(np.float32)
+
+
+def _colour(strength: np.ndarray) -> np.ndarray:
+    """Colours [Y, X, 3] of strengths [Y, X, 1]."""
+    at = strength * (len(_RAMP) - 1)
     lower = np.minimum(at.astype(np.int64), len(_RAMP) - 2)
-    colour = _RAMP[lower[..., 0]] * (1 - (at - lower)) + _RAMP[lower[..., 0] + 1] * (at - lower)
-    opacity = _STRONGEST * strength[..., None]
-    mixed = image[..., None] * (1 - opacity) + colour * opacity
+    return _RAMP[lower[..., 0]] * (1 - (at - lower)) + _RAMP[lower[..., 0] + 1] * (at - lower)
+
+
+def _png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.round(mixed).astype(np.uint8)).save(out, format="PNG", optimize=True)
+    Image.fromarray(np.round(pixels).astype(np.uint8)).save(out, format="PNG", optimize=True)
     return out.getvalue()

@@ -7,7 +7,7 @@ content security policy inside it holds that even if a report contained markup. 
 import base64
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -18,6 +18,7 @@ from PIL import Image
 from evaluation import curve, findings
 
 KINDS = {"right": "✓ correct", "wrong_side": "⇄ wrong side", "missed": "○ missed", "invented": "+ invented"}
+FOOTER = "Made by rad_jax. For research; not for clinical use."
 _SECTIONS = {"scores": "Scores", "learning": "Learning", "findings": "Tables", "studies": "Studies", "run": "Run"}
 
 
@@ -140,38 +141,65 @@ class Context(TypedDict):
 
 
 def write_page(path: str | os.PathLike[str], context: Context) -> Path:
-    """Writes the page and returns its path; the file appears whole or not at all.
+    """Writes the page and returns its path; errors as `write`."""
+    return write(path, render(context))
+
+
+def write(path: str | os.PathLike[str], html: str) -> Path:
+    """Writes a page and returns its path; the file appears whole or not at all.
 
     Raises OSError when it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(render(context), encoding="utf-8", errors="replace")
+    part.write_text(html, encoding="utf-8", errors="replace")
     os.replace(part, path)
     return path
 
 
 def render(context: Context) -> str:
     """The page as HTML text."""
-    here = Path(__file__).parent
     sections = {
-        "scores": _tiles(context["tiles"]),
+        "scores": tiles(context["tiles"]),
         "learning": _curves(context["curves"]),
         "findings": _tables(context["tables"]),
         "studies": _studies(context["studies"]),
         "run": _run(context),
     }
+    footer = context.get("footer", FOOTER)
+    return document(context["title"], context["subtitle"], _notice(context), _SECTIONS, sections, footer)
+
+
+def document(
+    title: str,
+    subtitle: str,
+    notice: str,
+    names: Mapping[str, str],
+    sections: Mapping[str, str],
+    footer: str = FOOTER,
+    style: str = "",
+) -> str:
+    """A whole page around its sections.
+
+    Args:
+        title: plain text, as subtitle and footer.
+        notice: HTML above all sections.
+        names: section -> what the navigation calls it.
+        sections: section -> HTML; empty ones are left out.
+        style: more CSS than page.css.
+    """
+    here = Path(__file__).parent
     present = {name: html for name, html in sections.items() if html}
-    navigation = " ".join(f'<a href="#{name}">{_SECTIONS[name]}</a>' for name in present)
-    body = [_notice(context), *(f'<section id="{name}">\n{html}\n</section>' for name, html in present.items())]
+    navigation = " ".join(f'<a href="#{name}">{escape(names[name])}</a>' for name in present)
+    body = [notice, *(f'<section id="{name}">\n{html}\n</section>' for name, html in present.items())]
     return Template((here / "page.html.template").read_text(encoding="utf-8")).substitute(
-        title=escape(context["title"]),
-        subtitle=escape(context["subtitle"]),
-        style=(here / "page.css").read_text(encoding="utf-8").strip(),
+        title=escape(title),
+        subtitle=escape(subtitle),
+        style=(here / "page.css").read_text(encoding="utf-8").strip() + style,
         navigation=navigation,
         body="\n".join(body),
-        footer=escape(context.get("footer", "Made by rad_jax. For research; not for clinical use.")),
+        footer=escape(footer),
     )
 
 
@@ -188,10 +216,10 @@ def _notice(context: Context) -> str:
     return f'<div class="card notice"><p>{name}</p><p>{truth}</p>{notes}</div>'
 
 
-def _tiles(tiles: Sequence[Tile]) -> str:
-    if not tiles:
+def tiles(shown: Sequence[Tile]) -> str:
+    if not shown:
         return ""
-    return f'<div class="tiles">{"".join(_tile(tile) for tile in tiles)}</div>'
+    return f'<div class="tiles">{"".join(_tile(tile) for tile in shown)}</div>'
 
 
 def _tile(tile: Tile) -> str:
@@ -233,10 +261,11 @@ def _curves(curves: Sequence[Curve]) -> str:
 def _tables(tables: Sequence[Table]) -> str:
     if not tables:
         return ""
-    return f'<h2>Tables</h2><div class="tables">{"".join(_table(table) for table in tables)}</div>'
+    return f'<h2>Tables</h2><div class="tables">{"".join(table_card(table) for table in tables)}</div>'
 
 
-def _table(table: Table) -> str:
+def table_card(table: Table) -> str:
+    """A table as HTML."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table["columns"])
     rows = "".join(f"<tr>{_cells(row, table.get('bar'))}</tr>" for row in table["rows"])
     note = f'<p class="hint">{escape(table["note"])}</p>' if table.get("note") else ""
@@ -304,30 +333,31 @@ def _study(study: Study) -> str:
 
 
 def _views(study: Study) -> str:
-    image = _img(study["image_png"], "Radiograph")
-    plain = f'<figure><div class="stage">{image}</div><figcaption>Image</figcaption></figure>'
+    film = image(study["image_png"], "Radiograph")
+    plain = f'<figure><div class="stage">{film}</div><figcaption>Image</figcaption></figure>'
     if study["attention_png"] is None:
         return f'<div class="views">{plain}</div>'
     with Image.open(io.BytesIO(study["image_png"])) as opened:
         width, height = opened.size
-    drawn = "".join(_box(*(float(v) for v in box)) for box in study["boxes"])
+    drawn = "".join(outline(*(float(v) for v in box)) for box in study["boxes"])
     frame = f'viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="True box"'
     box = f"<svg {frame}>{drawn}</svg>" if drawn else ""
     word = f"Attention while writing “{escape(study['word'])}”" if study["word"] else "Attention"
-    map_image = _img(study["attention_png"], "Attention over the radiograph", "map")
+    map_image = image(study["attention_png"], "Attention over the radiograph", "map")
     return (
-        f'<div class="views">{plain}<figure class="attended"><div class="stage">{image}{map_image}{box}</div>'
+        f'<div class="views">{plain}<figure class="attended"><div class="stage">{film}{map_image}{box}</div>'
         f"<figcaption>{word}{'; white: true box' if box else ''}<br>"
         '<label class="toggle"><input type="checkbox" checked> show map</label></figcaption></figure></div>'
     )
 
 
-def _box(x0: float, y0: float, x1: float, y1: float) -> str:
+def outline(x0: float, y0: float, x1: float, y1: float) -> str:
     shape = f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
     return f'<rect class="under" {shape}/><rect class="over" {shape}/>'
 
 
-def _img(png: bytes, alt: str, style: str = "") -> str:
+def image(png: bytes, alt: str, style: str = "") -> str:
+    """A PNG as an element that carries it; `alt` and `style` are our own words."""
     data = base64.b64encode(png).decode("ascii")
     kind = f' class="{style}"' if style else ""
     return f'<img{kind} alt="{alt}" src="data:image/png;base64,{data}">'

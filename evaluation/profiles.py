@@ -5,22 +5,22 @@ a mean or a bootstrap median), so a profile fixes all of them, and every number 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from evaluation import bleu, cider, label_metrics, radgraph, rouge
-from evaluation.metric import Metric
+from evaluation.metric import Metric, mean, mean_rows
 
 # What needs weights that the user has to bring, and is not computed without them.
 WEIGHTS = {
-    "chexbert": "label files with --labels, which launch.label makes with a CheXbert checkpoint",
-    "radgraph": "RadGraph annotation files with --radgraph",
-    "bertscore": "an encoder",
-    "semb_score": "CheXbert's checkpoint",
-    "radcliq": "RadGraph, CheXbert and an encoder",
+    "chexbert": "label files with --labels, or a CheXbert checkpoint with --weights",
+    "radgraph": "RadGraph annotation files with --radgraph, or its model with --weights",
+    "bertscore": "an encoder with --weights",
+    "semb_score": "CheXbert's checkpoint with --weights",
+    "radcliq": "RadGraph, CheXbert and distilroberta-base with --weights",
     "green": "the GREEN model",
     "ratescore": "the RaTEScore models",
     "chexprompt": "a language model as judge",
@@ -163,11 +163,20 @@ def label_scores(
 
 
 def radgraph_scores(
-    profile: Profile, references: Sequence[radgraph.Annotation], predicted: Sequence[radgraph.Annotation]
+    profile: Profile, references: Sequence[radgraph.Annotation], predicted: Sequence[radgraph.Annotation], how: str
 ) -> list[Metric]:
-    """The forms of RadGraph F1 that a profile prints, from given annotations."""
-    found = radgraph.metrics(predicted, references, profile.radgraph_case == "kept")
+    """The forms of RadGraph F1 that a profile prints, from annotations; `how` says what made them."""
+    found = radgraph.metrics(predicted, references, profile.radgraph_case == "kept", how)
     return [metric for metric in found if metric.name in profile.absent]
+
+
+def given_scores(profile: Profile, scores: Mapping[str, Any], ids: Sequence[str]) -> list[Metric]:
+    """Those of the scores that were computed before (metric -> `report.Given`) that a profile prints, over the reports `ids`."""
+    return [
+        Metric(name, given.signature, mean_rows(np.array([given.values[i] for i in ids], float)), mean, len(ids))
+        for name, given in scores.items()
+        if name in profile.absent
+    ]
 
 
 def absent(profile: Profile, labelled: bool, annotated: bool) -> dict[str, str]:

@@ -71,11 +71,13 @@ def f1(predicted: Annotation, reference: Annotation, form: str, keep_case: bool)
     return 2 * len(said & true) / (len(said) + len(true)) if said & true else 0.0
 
 
-def metrics(predicted: Sequence[Annotation], references: Sequence[Annotation], keep_case: bool) -> list[Metric]:
-    """radgraph_simple, _partial, _complete and _entity_relation as means over the reports."""
+def metrics(
+    predicted: Sequence[Annotation], references: Sequence[Annotation], keep_case: bool, how: str = "given"
+) -> list[Metric]:
+    """radgraph_simple, _partial, _complete and _entity_relation as means over the reports; `how` says what made the annotations."""
     out = []
     for form in FORMS:
         values = [f1(p, r, form, keep_case) for p, r in zip(predicted, references, strict=True)]
-        signature = f"radgraph|form:{form}|case:{'kept' if keep_case else 'lc'}|agg:mean|scale:0-1|annotations:given"
+        signature = f"radgraph|form:{form}|case:{'kept' if keep_case else 'lc'}|agg:mean|scale:0-1|annotations:{how}"
         out.append(Metric(f"radgraph_{form}", signature, mean_rows(np.array(values, float)), mean, len(values)))
     return out

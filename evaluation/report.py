@@ -49,15 +49,24 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A score that was computed before: every report's own by id, and the signature of how."""
+
+    signature: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Input:
-    """One predictions file: a system. Where given, labels: id -> codes [14] of its texts by another labeler, and annotations: id -> RadGraph
-    entities of its texts."""
+    """One predictions file: a system. Where given, labels: id -> codes [14] of its texts by another labeler, annotations: id -> RadGraph entities
+    of its texts, and scores by metric."""
 
     name: str
     read: Predictions
     path: Path | None = None
     labels: dict[str, np.ndarray] | None = None
     annotations: dict[str, radgraph.Annotation] | None = None
+    scores: dict[str, Given] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Options:
     """What to compute. bleu: more conventions of `bleu.CONVENTIONS`, under the first profile. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
     baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
-    `Input`'s, of the references.
+    `Input`'s, of the references; labels_how, annotations_how: what made them, for signatures.
     groups: id -> {column: value}, for subgroups. judged: system -> a judge's scores, one for every judge; they go to the first profile.
     """
 
@@ -77,6 +86,8 @@ class Options:
     reference_labels: dict[str, np.ndarray] | None = None
     reference_annotations: dict[str, radgraph.Annotation] | None = None
     labels_by: str = "chexbert"
+    labels_how: str = "given"
+    annotations_how: str = "given"
     min_support: int = findings.MIN_SUPPORT
     interval: scoring.IntervalKind = "percentile"
     draws: int | None = None
@@ -148,9 +159,9 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
     }
     own_annotations = {i.name: i.annotations for i in inputs}
     annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
-    work = _Work(ids, references, texts, known, labelled, annotated, options)
+    work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in inputs}, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
-    result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), options)
+    result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), set(inputs[0].scores), options)
     return result, scored, ids
 
 
@@ -231,6 +242,7 @@ class _Work:
     known: list[Study] | None
     labelled: dict[str, tuple[np.ndarray, np.ndarray]]  # system -> given label tables of references and predictions
     annotated: dict[str, tuple[list[Any], list[Any]]]  # the same of RadGraph's entities
+    scores: dict[str, dict[str, Given]]
     options: Options
 
     def score(self, name: str, first: bool) -> Scored:
@@ -262,10 +274,11 @@ class _Work:
             if system in self.labelled:
                 true, given = (table[kept] for table in self.labelled[system])
                 by = self.options.labels_by
-                metrics += profiles.label_scores(profile, true, given, by, f"labeler:{by}-given")
+                metrics += profiles.label_scores(profile, true, given, by, f"labeler:{by}-{self.options.labels_how}")
             if system in self.annotated:
                 true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
-                metrics += profiles.radgraph_scores(profile, true_entities, own)
+                metrics += profiles.radgraph_scores(profile, true_entities, own, self.options.annotations_how)
+            metrics += profiles.given_scores(profile, self.scores.get(system, {}), [self.ids[i] for i in kept])
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
             for judged in self.options.judged if first else ():
                 metrics += judging.metrics(judged[system], self.ids) if system in judged else []
@@ -380,7 +393,9 @@ def _input(item: Input, ids: list[str], references: list[str], options: Options)
     }
 
 
-def _warnings(result: Json, known: list[Study] | None, labelled: bool, annotated: bool, options: Options) -> list[str]:
+def _warnings(
+    result: Json, known: list[Study] | None, labelled: bool, annotated: bool, given: set[str], options: Options
+) -> list[str]:
     """What a reader of the numbers must know first: rows left out, empty texts, scores left out. One sentence each."""
     out = []
     for count in result["inputs"]:
@@ -405,7 +420,8 @@ def _warnings(result: Json, known: list[Study] | None, labelled: bool, annotated
         out.append("ROUGE is left out: rouge-score is not installed (pip install rad_jax[eval]).")
     needs: dict[str, str] = {}
     for name in options.profiles:
-        needs |= profiles.absent(profiles.PROFILES[name], labelled, annotated)
+        absent = profiles.absent(profiles.PROFILES[name], labelled, annotated)
+        needs |= {metric: need for metric, need in absent.items() if metric not in given}
     for need in dict.fromkeys(needs.values()):
         names = [name for name in needs if needs[name] == need]
         out.append(f"{', '.join(names)} left out: {'it needs' if len(names) == 1 else 'they need'} {need}.")

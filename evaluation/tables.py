@@ -23,6 +23,11 @@ HEADLINES = {
     "bleu_2": "BLEU-2",
     "bleu_4": "BLEU-4",
     "rouge_l": "ROUGE-L",
+    "radgraph_partial": "RadGraph partial",
+    "bertscore": "BERTScore",
+    "semb_score": "SembScore",
+    "radcliq_v0": "RadCliQ v0",
+    "radcliq_v1": "RadCliQ v1",
 }
 
 

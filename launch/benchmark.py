@@ -20,9 +20,14 @@ suites
                   theirs from the stored images; `transform_only`, a decoded film to a square on one core, and `film_to_square`, the
                   same with reading and decoding the file; `packing`, ours from films to shards beside theirs reading the films once. Seconds are for 1,000 images. Then the
                   images a second that each host of a pod must feed, and whether it can. Three minutes.
+  intervals       2,000 bootstrap draws over 2,461 reports: ours resamples rows of sums; theirs computes scikit-learn's F1 (eight averages)
+                  and sacrebleu again for every draw, timed for a few and multiplied. A minute.
+  labels          14 labels of 128 reports by a BERT-base of random weights: ours in batches by length, theirs in PyTorch one report at a
+                  time and 64 at a time; all logits must be equal. Some minutes.
 
 Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In all but `weights` each side is a process that waits while
 another one runs; the sides take turns, and the seconds are medians over --rounds. A row says what of their work ours does without. In
+`intervals` and `labels` each side runs once in this process, after what has to be compiled. In
 `weights` a row has the greatest memory of each side: anonymous memory (its own, sampled) and resident memory (with mapped files).
 """
 
@@ -35,10 +40,13 @@ from absl import flags
 from rad_jax import errors
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "weights", ["train_step", "projector_step", "decode", "weights", "input"], "What is timed; see above."
+    "suite",
+    "weights",
+    ["train_step", "projector_step", "decode", "weights", "input", "intervals", "labels"],
+    "What is timed; see above.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, not in `weights`.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, not in `weights`.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, in the first three suites.", lower_bound=1)
+_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, in the first three suites.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model in `weights`; 32 is Vicuna-7B.", lower_bound=1)
 _DIR = flags.DEFINE_string(
     "dir", "out/benchmark", "Folder for `weights` and `input` to work in; what is made there is deleted again."
@@ -70,6 +78,11 @@ def main(_: Sequence[str]) -> None:
         pairs.table(rows)
         host.table(fed)
         rows[0]["hosts"] = fed
+    elif _SUITE.value in ("intervals", "labels"):
+        from evaluation import benchmark
+
+        rows = benchmark.bootstrap() if _SUITE.value == "intervals" else benchmark.labels_per_second()
+        benchmark.table(rows)
     else:
         rows = llava.run(_SUITE.value, _ROUNDS.value, _THREADS.value)
         pairs.table(rows)

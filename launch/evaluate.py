@@ -1,4 +1,4 @@
-"""Scores predictions files and writes results.json, results.md, results.csv, results.tex and per_report.jsonl.
+"""Scores predictions files and writes results.json, results.md, results.csv, results.tex, per_report.jsonl and report.html.
 
     python -m launch.evaluate PREDS.jsonl --out=DIR
     python -m launch.evaluate OURS.jsonl THEIRS.jsonl --out=DIR --profile=llava-rad,native
@@ -9,15 +9,23 @@ A file has one JSON object per line with id, query, reference and prediction, as
 systems: scored on the studies that all of them hold, each compared with the first, paired. Predictions that launch.generate
 wrote with --pixels=noise or --pixels=shuffled, put beside the real ones, show how much of a score needs the image.
 --profile is one or more of native, llava-rad, radeval, rexrank, r2gen, maira: the same name is another number in each, and
-every number's signature says how it was made. Metrics that need weights are listed as warnings; --labels gives label files
-(of CheXbert, say) for the references and for every predictions file in turn, --radgraph the same for RadGraph's annotations.
---groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports.
+every number's signature says how it was made. Metrics that need weights are listed as warnings, unless
+--weights=DIR has them (launch.doctor says what belongs there); --labels gives label files (of CheXbert, say) for the references and for every
+predictions file in turn, --radgraph the same for RadGraph's annotations. --idf=REPORTS.csv (a findings column) fixes the word frequencies
+that BERTScore is weighted by.
+--groups=GROUPS.csv (id, then columns such as view or sex) adds the scores of every group with at least 20 reports; --groups=corpus takes
+view, sex, age and whether there is an indication from --data.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
 --judged names score files of launch.judge, whose systems have the names of the predictions files: a judge's scores beside the others, paired.
 per_report.jsonl has every report's own score.
+per_report.jsonl has every report's own score. report.html is one file for a browser, offline: scores, findings, and the --cases worst reports
+beside their references, with images from --data and, with --attention=DIR of launch.ground --every_word, the map of each word of the first
+system under the mouse. Unless the data is public (--access, or a corpus that is drawn), it carries a banner and is readable by its owner
+alone; --html=redacted leaves every text, image and id out.
 """
 
 import csv
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +33,15 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import bleu, judging, labels, profiles, radgraph, report, tables
+from evaluation import bleu, html_sources, judging, labels, profiles, radgraph, report, tables
 from evaluation.predictions import read_predictions
+from launch import label
 from rad_jax import errors
 from rad_jax.errors import UserError
 
 FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
+PAGE = "report.html"
+CORPUS = "corpus"
 
 
 def read_inputs(
@@ -51,11 +62,15 @@ def read_inputs(
     ]
 
 
-def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[report.Input]) -> dict[str, Any]:
+def corpus_options(
+    data: Path | None, with_baselines: bool, inputs: Sequence[report.Input], with_groups: bool = False
+) -> dict[str, Any]:
     """What a packed corpus adds to `report.Options`; nothing without one."""
     if data is None:
         if with_baselines:
             raise UserError("--baselines needs --data=CORPUS: they are made from its training split")
+        if with_groups:
+            raise UserError("--groups=corpus needs --data=CORPUS, or give a CSV file of groups")
         return {}
     from data.phantom.parser import parse
     from evaluation import corpus as corpora
@@ -68,6 +83,7 @@ def corpus_options(data: Path | None, with_baselines: bool, inputs: Sequence[rep
         "parse": parse,
         "baselines": corpora.baseline_reports(corpus, records) if with_baselines else {},
         "access": corpus.access,
+        **({"groups": corpora.groups_of(records)} if with_groups else {}),
     }
 
 
@@ -90,6 +106,11 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
         if "id" not in (reader.fieldnames or ()):
             raise UserError(f"{path}: no column 'id'")
         return {row["id"]: {name: value or "" for name, value in row.items() if name != "id"} for row in reader}
+
+
+def idf_corpus(path: Path) -> tuple[list[str], str]:
+    """The findings of a CSV or JSONL file of reports, and the file's sha256. Raises UserError as `label.read_texts`."""
+    return list(label.read_texts(path, "id", "findings").values()), report.sha256(path)
 
 
 def profile_names(value: str) -> list[str]:
@@ -134,13 +155,31 @@ def main(argv: Sequence[str]) -> None:
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
         draws=options.draws,
-        groups=read_groups(Path(options.groups)) if options.groups else None,
         judged=[judging.read(Path(name)) for name in options.judged],
-        **corpus_options(Path(options.data) if options.data else None, options.baselines, inputs),
+        **corpus_options(
+            Path(options.data) if options.data else None, options.baselines, inputs, options.groups == CORPUS
+        ),
     )
-    result = evaluate(inputs, wanted, Path(options.out), options.require)
+    if options.groups and options.groups != CORPUS:
+        wanted = dataclasses.replace(wanted, groups=read_groups(Path(options.groups)))
+    if options.access:
+        wanted = dataclasses.replace(wanted, access=options.access)
+    if options.weights:
+        from evaluation import models
+
+        corpus = idf_corpus(Path(options.idf)) if options.idf else None
+        inputs, wanted = models.fill(inputs, wanted, Path(options.weights), corpus)
+    out, data = Path(options.out), Path(options.data) if options.data else None
+    result = evaluate(inputs, wanted, out)
+    files: tuple[str, ...] = FILES
+    if options.html != "none":
+        count = options.cases if options.html == "full" else 0
+        attention = Path(options.attention) if options.attention else None
+        html_sources.write_page(result, inputs, out / PAGE, count, data, attention)
+        files = (*FILES, PAGE)
+    report.require(result, options.require)
     print_result(result)
-    print(f"\nwritten: {options.out}/{{{','.join(FILES)}}}")
+    print(f"\nwritten: {options.out}/{{{','.join(files)}}}")
 
 
 def print_result(result: Any) -> None:
@@ -173,7 +212,17 @@ def define_flags() -> None:
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_list("judged", [], "Score files of launch.judge.")
-    flags.DEFINE_string("groups", None, "CSV with id and columns such as view, sex, age: scores per group.")
+    flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
+    flags.DEFINE_string("idf", None, "Reports (id, findings) whose word frequencies weigh BERTScore.")
+    flags.DEFINE_string(
+        "groups", None, "CSV with id and columns such as view, sex, age, or 'corpus': scores per group."
+    )
+    flags.DEFINE_enum("html", "full", ["full", "redacted", "none"], "report.html: with cases, scores alone, or none.")
+    flags.DEFINE_integer("cases", 50, "Cases in report.html, the worst first.", lower_bound=1)
+    flags.DEFINE_string("attention", None, "Folder of launch.ground --every_word for the first predictions file.")
+    flags.DEFINE_enum(
+        "access", None, ["public", "credentialed", "private"], "Who may see the data; else the corpus says."
+    )
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)
 

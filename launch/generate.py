@@ -4,8 +4,9 @@
     python -m launch.generate --checkpoint=RUN --image=film.dcm --indication="Shortness of breath."
     python -m launch.generate --checkpoint=RUN --data=CORPUS --split=train --out=labels.jsonl --batch_size=256 --tensor=4 --dtype=bfloat16
 
-Rows of the file are id, query, reference, prediction, in the corpus's order. Greedy unless --temperature is given. --pixels=noise and
---pixels=shuffled show the model noise or the next study's image instead: how much of a score comes from looking.
+Rows of the file are id, query, reference, prediction, in the corpus's order. Greedy unless --temperature is given. --pixels=noise,
+--pixels=blank and --pixels=shuffled show the model noise, an even grey or the next study's image instead: how much of a score comes from
+looking (launch.blind does it in one).
 
 Studies are worked on by the length of their prompts, --batch_size at once over all devices. What is written stays in OUT.partial until all
 is done: the same command after a kill goes on from there. --tensor devices share a copy of the weights, its heads and its cache, and
@@ -25,6 +26,8 @@ from absl import flags
 from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
+BLANK = 128  # the grey of --pixels=blank
+
 
 def define_flags() -> None:
     flags.DEFINE_string(
@@ -37,7 +40,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("out", None, "JSONL file to write.")
     flags.DEFINE_integer("limit", None, "Only the first so many studies.", lower_bound=1)
-    flags.DEFINE_enum("pixels", "real", ["real", "noise", "shuffled"], "What the model is shown.")
+    flags.DEFINE_enum("pixels", "real", ["real", "noise", "blank", "shuffled"], "What the model is shown.")
     flags.DEFINE_string("image", None, "One PNG, JPEG or DICOM file instead of a corpus.")
     flags.DEFINE_string("indication", "", "Reason for the exam, with --image.")
     flags.DEFINE_integer("batch_size", 64, "Studies at once, over all devices.", lower_bound=1)
@@ -179,7 +182,7 @@ class Writer:
     def _batches(
         self, corpus: Any, numbers: Any, total: int, batch_size: int, text_length: int
     ) -> Iterator[dict[str, Any]]:
-        """Prompts of these studies with what the model is shown: their images, noise, or each the image of the study after it."""
+        """Prompts of these studies with what the model is shown: their images, noise, grey, or each the image of the study after it."""
         import numpy as np
 
         from rad_jax.input_pipeline import eval_batches
@@ -204,6 +207,8 @@ class Writer:
                 rngs = [np.random.default_rng([self._options.seed, max(number, 0)]) for number in batch["index"]]
                 shape = batch["image"].shape[1:]
                 batch = {**batch, "image": np.stack([rng.integers(0, 256, shape, np.uint8) for rng in rngs])}
+            if self._options.pixels == "blank":
+                batch = {**batch, "image": np.full_like(batch["image"], BLANK)}
             yield batch
 
     def _write(self, batch: dict[str, Any]) -> list[str]:

@@ -1,94 +1,105 @@
-"""Where the model looked while it wrote a word: attention maps of generated texts, scored by the pointing game where boxes are known.
+"""Where a model looks: attention maps of words and phrases, scored by the pointing game and more where boxes are known.
 
     python -m launch.ground --checkpoint=out/demo/stage3 --data=out/demo/data --predictions=out/demo/predictions.jsonl --out=out/demo/grounding
+    python -m launch.ground --checkpoint=STAGE3 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
+    python -m launch.ground --checkpoint=STAGE1 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
 
-Writes OUT/grounding.json and OUT/maps.npz (study id -> map). Layer and head are chosen on the validation split with the reference texts
-and then used unchanged. In a corpus without boxes the maps are of the longest word, averaged over heads of the last half of the layers.
+With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map). In a corpus with boxes layer and head are
+chosen on the validation split with the reference texts and then used unchanged; in one without, the maps are of the longest word, averaged
+over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of every text, which
+launch.evaluate --attention shows under the mouse.
+
+With --boxes: of phrases on films, without a corpus (`evaluation.phrases` says what the file holds). A run of stage 2 or 3 is told the phrase as
+its answer; of one of stage 1 it is the tower's attention, or the likeness of its patches to the phrase. Layer and head are chosen on three
+tenths of the patients (--patients: a CSV with image and patient), the scores are of the others, with intervals that resample patients.
 
 On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the files.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from evaluation.looking import Looker, Target
+
+# Phrases lie where they usually lie, so a map that knows no film can beat the boxes' area; beating other films' maps takes looking.
+LOOKS = 0.01
+
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Run of launch.train, stage 2 or 3.", required=True)
-    flags.DEFINE_string("data", None, "Packed corpus.", required=True)
-    flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Run of launch.train.", required=True)
+    flags.DEFINE_string("data", None, "Packed corpus, for --predictions.")
+    flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.")
+    flags.DEFINE_bool("every_word", False, "Also write a map of every word of the predictions.")
+    flags.DEFINE_string("boxes", None, "CSV of films, phrases and boxes, instead of --data and --predictions.")
+    flags.DEFINE_string("patients", None, "CSV with image and patient, for --boxes.")
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
     flags.DEFINE_integer("batch_size", 32, "Texts at once.", lower_bound=1)
     distributed.define_flags()
 
 
-@dataclass(frozen=True)
-class Target:
-    """A word of a text, and the boxes it should point at (empty when nobody knows)."""
-
-    record: dict[str, Any]
-    text: str
-    span: tuple[int, int]
-    name: str
-    boxes: list[list[float]]
-
-
 def main(_: Sequence[str]) -> None:
+    from evaluation.looking import open_looker
+
+    options = flags.FLAGS
+    if bool(options.boxes) == bool(options.data and options.predictions):
+        raise UserError("give --data and --predictions, or --boxes")
+    distributed.join()
+    looker, out = open_looker(Path(options.checkpoint), options.batch_size), Path(options.out)
+    if options.boxes:
+        of_phrases(looker, Path(options.boxes), Path(options.patients) if options.patients else None, out)
+    elif looker.what == "tower":
+        raise UserError(f"{options.checkpoint} writes no texts: give a run of stage 2 or 3, or --boxes")
+    else:
+        of_predictions(looker, Path(options.data), Path(options.predictions), out, options.every_word)
+
+
+def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, every_word: bool) -> None:
+    """Maps of generated texts, and their scores in a corpus with boxes."""
     import numpy as np
 
+    from evaluation import phrases
     from evaluation.corpus import ANNOTATED, records_of
-    from evaluation.pointing import pointing_game
+    from evaluation.pointing import box_mask, pointing_game
     from evaluation.predictions import read_predictions
     from rad_jax.input_pipeline import Corpus
 
-    options = flags.FLAGS
-    distributed.join()
-    corpus = Corpus.open(options.data)
-    looker = Looker(Path(options.checkpoint), options.batch_size)
-    rows = read_predictions(Path(options.predictions)).rows
+    corpus = Corpus.open(data)
+    rows = read_predictions(predictions).rows
     records = records_of(corpus, {row.id for row in rows})
     pairs = [(records[row.id], row.prediction) for row in rows if row.id in records]
     result: dict[str, Any] = {}
     size = (looker.image_size, looker.image_size)
+    best: tuple[int, int] | None = None
     if corpus.meta["dataset"] in ANNOTATED:
         source = corpus.source("validation")
         validation = (source[number] for number in range(len(source)))
-        known = [t for record in validation for t in finding_targets(record, record["findings"])]
-        maps = looker.maps(known)
-        scores = np.array(
-            [
-                [pointing_game(head, [t.boxes for t in known], [size] * len(known)).accuracy for head in layer]
-                for layer in np.moveaxis(maps, 0, 2)
-            ]
-        )
-        layer, head = np.unravel_index(scores.argmax(), scores.shape)
-        targets = [t for record, text in pairs for t in finding_targets(record, text)]
-        chosen = looker.maps(targets)[:, layer, head] if targets else []
+        known = [t for record in validation for t in finding_targets(record, record["findings"], size[0])]
+        layer, head, share = phrases.choose(looker.maps(known), [box_mask(t.boxes, *size) for t in known])
+        best = (layer, head)
+        targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
+        chosen: list[Any] = list(looker.maps(targets)[:, layer, head]) if targets else []
         pointing = pointing_game(chosen, [t.boxes for t in targets], [size] * len(targets))
-        result = {
-            "layer": int(layer),
-            "head": int(head),
-            "validation_accuracy": float(scores.max()),
-            **asdict(pointing),
-        }
+        result = {"layer": layer, "head": head, "validation_accuracy": share, **asdict(pointing)}
         if targets:
             result |= beyond_pointing(targets, chosen, size)
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
-        maps = looker.maps(targets)
-        chosen = maps[:, maps.shape[1] // 2 :].mean((1, 2))
+        chosen = list(one_map(looker.maps(targets), None))
+    if every_word:
+        write_words(looker, pairs, best, out)
     if not distributed.first():
         return
     if "accuracy" in result:
         tell(result)
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     first: dict[str, tuple[Target, Any]] = {}
     for target, map_ in zip(targets, chosen, strict=True):
@@ -99,6 +110,99 @@ def main(_: Sequence[str]) -> None:
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
     np.savez_compressed(out / "maps.npz", **{name: map_ for name, (_, map_) in first.items()})
+
+
+def one_map(maps: Any, best: tuple[int, int] | None) -> Any:
+    """[n, h, w] of maps [n, L, N, h, w]: of one layer and head, or the mean over heads of the last half of the layers."""
+    return maps[:, best[0], best[1]] if best else maps[:, maps.shape[1] // 2 :].mean((1, 2))
+
+
+def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: tuple[int, int] | None, out: Path) -> None:
+    """words.json (id -> text and spans) and words.npz (id -> maps float16 [words, h, w])."""
+    import re
+
+    import numpy as np
+
+    from evaluation.looking import Target
+
+    words: dict[str, Any] = {}
+    maps: dict[str, Any] = {}
+    for record, text in pairs:
+        spans = [found.span() for found in re.finditer(r"\w+", text)]
+        if spans:
+            own = looker.maps([Target(record, text, span, "", []) for span in spans])
+            words[record["id"]] = {"text": text, "spans": spans}
+            maps[record["id"]] = one_map(own, best).astype(np.float16)
+    if distributed.first():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "words.json").write_text(json.dumps(words) + "\n", encoding="utf-8")
+        np.savez_compressed(out / "words.npz", **maps)
+
+
+def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) -> None:
+    """Maps of phrases on films with boxes, and their scores on the patients that nothing was chosen on."""
+    import numpy as np
+
+    from evaluation import phrases
+    from evaluation.looking import Target
+
+    regions = phrases.read(boxes, looker.image_size, phrases.read_patients(patients))
+    kept = regions.kept
+    held = phrases.validation_patients([region.patient for region in kept])
+    question = phrases.QUESTION
+    targets = [
+        Target({"id": r.film, "question": question, "image": r.image}, r.phrase, (0, len(r.phrase)), r.phrase, [])
+        for r in kept
+    ]
+    maps = looker.maps(targets)
+    on = [i for i, region in enumerate(kept) if region.patient in held]
+    rest = [i for i in range(len(kept)) if kept[i].patient not in held]
+    layer, head, share = phrases.choose(maps[on], [kept[i].mask for i in on])
+    found = phrases.scores(list(maps[rest, layer, head]), [kept[i] for i in rest])
+    if not distributed.first():
+        return
+    result = {
+        "model": looker.what,
+        "chosen": looker.candidate(layer, head, maps.shape[1]),
+        "layer": layer,
+        "head": head,
+        "validation_patients": len(held),
+        "validation_n": len(on),
+        "validation_accuracy": share,
+        **found,
+        "skipped": [dict(zip(("image", "phrase", "reason"), row, strict=True)) for row in regions.skipped],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
+    named = {f"{kept[i].film}|{kept[i].phrase}": maps[i, layer, head] for i in rest}
+    np.savez_compressed(out / "maps.npz", **named)
+    tell_phrases(result)
+
+
+def tell_phrases(result: dict[str, Any]) -> None:
+    """The scores in a few lines."""
+
+    def shown(score: Any) -> str:
+        if score is None:
+            return "n/a"
+        low, high = score["ci"]
+        return f"{score['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+    chosen = (
+        f"{result['chosen']}, chosen on {result['validation_n']} phrases of {result['validation_patients']} patients"
+    )
+    print(f"{result['model']}: {chosen} ({result['validation_accuracy']:.2f} hit)")
+    print(f"{result['n']} phrases of {result['patients']} other patients; {len(result['skipped'])} skipped")
+    for name in ("accuracy", "chance", "above_chance", "mass", "contrast", "mean_iou"):
+        print(f"  {name.replace('_', ' '):14}{shown(result[name])}")
+    control = result["shuffled"]
+    if control["n"]:
+        own, other = control["accuracy"], control["shuffled_accuracy"]
+        print(
+            f"with the maps of other patients for the same phrase {other:.3f} instead of {own:.3f} (p {control['p']:.4f})"
+        )
+        looks = own > other and control["p"] < LOOKS
+        print("the model looks at the film" if looks else "pointing is at chance: other films' maps do as well")
 
 
 def tell(result: dict[str, Any]) -> None:
@@ -113,7 +217,7 @@ def tell(result: dict[str, Any]) -> None:
         print(f"maps of other patients with the same finding: {accuracy}")
 
 
-def beyond_pointing(targets: Sequence[Target], maps: Any, size: tuple[int, int]) -> dict[str, Any]:
+def beyond_pointing(targets: "Sequence[Target]", maps: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1], and the control with other patients' maps."""
     import numpy as np
 
@@ -137,98 +241,29 @@ def beyond_pointing(targets: Sequence[Target], maps: Any, size: tuple[int, int])
     }
 
 
-def finding_targets(record: dict[str, Any], text: str) -> Iterator[Target]:
-    """The findings that a text names and the film has."""
+def finding_targets(record: dict[str, Any], text: str, size: int) -> "Iterator[Target]":
+    """The findings that a text names and the film has, with their boxes in the square of `size` pixels that the model sees."""
     from data.phantom.parser import locate
+    from evaluation.looking import Target
+    from rad_jax import images
 
     annotations = json.loads(record["annotations"])
+    shape = images.decode_png(record["image"]).shape
     for name in dict.fromkeys(a["finding"] for a in annotations):
         span = locate(text, name)
-        if span is not None:
-            yield Target(record, text, span, name, [a["box"] for a in annotations if a["finding"] == name])
+        boxes = images.boxes_seen([a["box"] for a in annotations if a["finding"] == name], (shape[0], shape[1]), size)
+        if span is not None and boxes:
+            yield Target(record, text, span, name, boxes)
 
 
-def longest_word(record: dict[str, Any], text: str) -> Target | None:
+def longest_word(record: dict[str, Any], text: str) -> "Target | None":
     """The longest word of a text; None for an empty one."""
     import re
 
+    from evaluation.looking import Target
+
     words = sorted(re.finditer(r"\w+", text), key=lambda match: -len(match.group()))
     return Target(record, text, words[0].span(), "", []) if words else None
-
-
-class Looker:
-    """A checkpoint ready to say where it looks."""
-
-    def __init__(self, checkpoint: Path, batch_size: int):
-        import jax
-
-        from rad_jax import prompts, sharding, tasks
-        from rad_jax.checkpoint import load_run
-
-        run = load_run(checkpoint)
-        self._mesh = sharding.make_mesh(jax.device_count(), 1, 1)
-        task, self._variables = tasks.restore(run, self._mesh)
-        self._model, self._batch_size = task.model, -(-batch_size // self._mesh.size) * self._mesh.size
-        if run.config["task"] != "generative" or self._model.config.vision is None:
-            raise UserError(f"{checkpoint} does not look at images while it writes: give a run of stage 2 or 3.")
-        self.image_size = self._model.config.vision.image_size
-        self._tokenizer = prompts.load_tokenizer(run.tokenizer_file)
-
-    def maps(self, targets: Sequence[Target]) -> Any:
-        """float32 [n, L, N, h, w]: attention to the image when the word was about to be written, averaged over the word's tokens."""
-        import numpy as np
-        from tqdm import tqdm
-
-        rows = [self._row(target) for target in targets]
-        length = max(len(row["ids"]) for row in rows)
-        queries = max(len(row["queries"]) for row in rows)
-        maps = []
-        quiet = None if distributed.first() else True
-        for start in tqdm(range(0, len(rows), self._batch_size), desc="attention", unit="batch", disable=quiet):
-            chosen = rows[start : start + self._batch_size]
-            padded = chosen + chosen[:1] * (self._batch_size - len(chosen))
-            seen = self._look(padded, length, queries)
-            maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
-        side = round(maps[0].shape[-1] ** 0.5)
-        return np.stack(maps).reshape(len(maps), *maps[0].shape[:2], side, side)
-
-    def _look(self, rows: Sequence[dict[str, Any]], length: int, queries: int) -> Any:
-        import jax
-        import numpy as np
-
-        from rad_jax import sharding
-        from rad_jax.grounding import attention_to_image
-
-        def stacked(name: str, size: int) -> Any:
-            return np.stack([np.pad(row[name], (0, size - len(row[name])), mode="edge") for row in rows]).astype(
-                np.int32
-            )
-
-        batch = {
-            "image": np.stack([row["image"] for row in rows]),
-            "tokens": stacked("ids", length),
-            "length": np.array([len(row["ids"]) for row in rows], np.int32),
-            "queries": stacked("queries", queries),
-        }
-        with jax.set_mesh(self._mesh):
-            placed = sharding.place_whole(batch, self._mesh)
-            at = placed.pop("queries")
-            return sharding.gather(attention_to_image(self._model, self._variables, placed, at))
-
-    def _row(self, target: Target) -> dict[str, Any]:
-        from rad_jax import images, prompts
-
-        record, tokenizer = target.record, self._tokenizer
-        prompt = prompts.render_v1(tokenizer, record["question"], None).ids
-        words = tokenizer.encode(target.text)
-        ends = [len(tokenizer.decode(words[: k + 1])) for k in range(len(words))]
-        start, stop = target.span
-        inside = [k for k, end in enumerate(ends) if end > start and (ends[k - 1] if k else 0) < stop]
-        return {
-            "ids": prompt + words,
-            "queries": [len(prompt) + k - 1 for k in inside],
-            "image": images.centre_crop(images.decode_png(record["image"]), self.image_size),
-        }
 
 
 if __name__ == "__main__":

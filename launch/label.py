@@ -4,10 +4,13 @@
     python -m launch.label PREDS.jsonl --text=prediction --out=labels.csv
     python -m launch.label reports.csv --text=findings --id=uid --out=labels.csv --against=chexpert.csv
     python -m launch.label PREDS.jsonl --text=prediction --out=labels.csv --weights=chexbert.pth --vocabulary=vocab.txt
+    python -m launch.label PREDS.jsonl --text=prediction --out=entities.json --radgraph=WEIGHTS/radgraph
 
 The input is CSV or JSON lines. labels.csv has an id and the 14 classes: 1 positive, 0 negative, -1 uncertain, empty for not mentioned.
 --weights names a checkpoint of a BERT with 14 classifiers, as CheXbert has them, and --vocabulary its vocab.txt; it runs on all devices. The
 labels of references and predictions then go to launch.evaluate --labels, which gives the chexbert_ metrics.
+--radgraph names an unpacked archive of RadGraph's model (launch.doctor says what belongs there): instead of labels the file then has
+entities and relations as JSON, for launch.evaluate --radgraph.
 --against=LABELS.csv compares with another labeler's file of that form: F1 of the positive class as it stands, and without the reports in
 which that file calls a plainly normal heart or mediastinum positive; every disagreement, sorted by class, goes to
 labels.disagreements.csv (it holds report text).
@@ -101,6 +104,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise UserError("give one file of reports: python -m launch.label REPORTS.csv --text=findings --out=labels.csv")
     texts = read_texts(Path(argv[1]), options.id, options.text)
+    if options.radgraph:
+        from evaluation import radgraph_model
+
+        found = radgraph_model.RadGraphModel(Path(options.radgraph)).annotate(list(texts.values()))
+        radgraph_model.write(Path(options.out), list(texts), found)
+        print(f"written: {options.out}, {len(texts)} reports, {sum(map(len, found))} entities")
+        return
     reference = labels.read_csv(Path(options.against), options.id) if options.against else None
     if options.weights:
         from evaluation.bert_labeler import BertLabeler
@@ -123,9 +133,10 @@ def define_flags() -> None:
     """Only when run as a program, so that several commands can be imported side by side."""
     flags.DEFINE_string("text", "findings", "Field that holds the report.")
     flags.DEFINE_string("id", "id", "Field that names it; also the id column of --against.")
-    flags.DEFINE_string("out", None, "CSV file to write.", required=True)
+    flags.DEFINE_string("out", None, "CSV file to write, JSON with --radgraph.", required=True)
     flags.DEFINE_string("weights", None, "Checkpoint of a BERT labeler, instead of the rules.")
     flags.DEFINE_string("vocabulary", None, "vocab.txt of --weights.")
+    flags.DEFINE_string("radgraph", None, "Folder of RadGraph's model: entities and relations instead of labels.")
     flags.DEFINE_string("against", None, "Labels of the same reports to compare with.")
     flags.DEFINE_bool(
         "chexpert_habits",

@@ -3,13 +3,16 @@
     python -m launch.retrieve --checkpoint=out/demo/stage1 --data=out/demo/data --split=test --candidates=100 --out=out/demo/retrieval.json
 
 Only studies that differ are candidates: by their true findings where the corpus knows them, else by their text.
+--zero_shot also classifies the 14 CheXpert findings without training for it, by texts that affirm or deny each (--prompts=FILE for your own):
+AUROC with intervals that resample patients, against the labels of the corpus (uncertain ones left out, not stated ones negative).
 
 On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the file.
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ def define_flags() -> None:
     flags.DEFINE_string("split", "test", "Which studies.")
     flags.DEFINE_string("out", None, "JSON file to write.", required=True)
     flags.DEFINE_integer("candidates", None, "Only the first so many different studies.", lower_bound=2)
+    flags.DEFINE_bool("zero_shot", False, "Also classify the 14 findings.")
+    flags.DEFINE_string("prompts", None, "JSON of prompts for --zero_shot: class -> positive and negative texts.")
     flags.DEFINE_integer("batch_size", 64, "Studies at once.", lower_bound=1)
     distributed.define_flags()
 
@@ -58,18 +63,62 @@ def main(_: Sequence[str]) -> None:
         selection="pairs",
     )
     embedded = towers.embed(task.model, variables, batches, mesh)
+    told = prompt_vectors(task.model, variables, mesh, corpus) if options.zero_shot else {}
     if not distributed.first():
         return
     source = corpus.source(options.split, "pairs")
     annotated = corpus.meta["dataset"] in ANNOTATED
     keep = different([key(source[int(number)], annotated) for number in embedded["index"]], options.candidates)
     scores = retrieval(embedded["images"][keep], embedded["texts"][keep])
-    result = {direction: dataclasses.asdict(score) for direction, score in scores.items()}
+    result: dict[str, Any] = {direction: dataclasses.asdict(score) for direction, score in scores.items()}
+    if told:
+        result["zero_shot"] = classify(embedded, told, source)
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     for direction, score in scores.items():
         print(
             f"{direction}: R@1 {score.r1:.2f}, R@5 {score.r5:.2f} (chance {score.chance(5):.2f}), R@10 {score.r10:.2f}, n {score.n}"
         )
+
+
+def prompt_vectors(model: Any, variables: Any, mesh: Any, corpus: Any) -> dict[str, tuple[Any, Any]]:
+    """Class -> unit vectors of the texts that affirm and of those that deny it."""
+    from evaluation.zero_shot import read_prompts
+    from rad_jax import prompts
+    from rad_jax import retrieval as towers
+
+    texts = read_prompts(Path(flags.FLAGS.prompts) if flags.FLAGS.prompts else None)
+    tokenizer, most = corpus.tokenizer(), model.config.text.max_positions
+    flat = [text for sides in texts.values() for side in sides for text in side]
+    ids = [prompts.render_clip(tokenizer, text, most).ids for text in flat]
+    rows = iter(towers.embed_texts(model, variables, ids, mesh))
+    return {name: tuple(next_rows(rows, len(side)) for side in sides) for name, sides in texts.items()}
+
+
+def next_rows(rows: Iterator[Any], count: int) -> Any:
+    """The next `count` rows as a matrix."""
+    import numpy as np
+
+    return np.stack(list(itertools.islice(rows, count)))
+
+
+def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source: Any) -> Any:
+    """AUROC of every class as plain JSON, also printed. A film with several texts counts once."""
+    import numpy as np
+
+    from evaluation import zero_shot
+
+    records = [source[int(number)] for number in embedded["index"]]
+    once = list({record["id"]: i for i, record in reversed(list(enumerate(records)))}.values())[::-1]
+    images = embedded["images"][once]
+    values = {name: zero_shot.scores(images, *sides) for name, sides in told.items()}
+    labels = np.array([records[i]["labels"] for i in once])
+    result = zero_shot.evaluate(values, labels, [records[i]["patient"] or records[i]["id"] for i in once])
+    for name, found in result["classes"].items():
+        shown = "n/a" if found["auroc"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(found["auroc"], *found["ci"])
+        print(f"  {name:28}{shown}  {found['positive']} positive of {found['n']}")
+    if result["mean_auroc"] is not None:
+        print("zero-shot AUROC, mean of {}: {:.3f}".format(sum(f["auroc"] is not None for f in result["classes"].values()), result["mean_auroc"]))  # fmt: skip
+    return result
 
 
 def key(record: dict[str, Any], annotated: bool) -> Any:

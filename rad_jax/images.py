@@ -114,6 +114,42 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
+def boxes_seen(boxes: Sequence[Sequence[float]], shape: tuple[int, int], size: int) -> list[list[float]]:
+    """Where boxes of a film lie after `resize_short` and `centre_crop`.
+
+    Args:
+        boxes: [x0, y0, x1, y1] in pixels of the film.
+        shape: (Y, X) of the film.
+        size: side of the square, as of the short side.
+
+    Returns:
+        The boxes in pixels of the square, cut at its edges; what lies outside is left out.
+    """
+    height, width = shape
+    short = min(height, width)
+    new_height, new_width = (size if side == short else int(size * side / short) for side in (height, width))
+    top, left = (round((side - size) / 2) for side in (new_height, new_width))
+    out = []
+    for x0, y0, x1, y1 in boxes:
+        xs, ys = (
+            [v * n / o - off for v in ends]
+            for ends, n, o, off in (((x0, x1), new_width, width, left), ((y0, y1), new_height, height, top))
+        )
+        cut = [min(max(v, 0.0), float(size)) for v in (xs[0], ys[0], xs[1], ys[1])]
+        if cut[2] > cut[0] and cut[3] > cut[1]:
+            out.append(cut)
+    return out
+
+
+def mask_seen(mask: np.ndarray, size: int) -> np.ndarray:
+    """What `resize_short` and `centre_crop` leave of a mask bool [Y, X], as bool [size, size]: the nearest pixel of the film decides."""
+    height, width = mask.shape
+    scaled = int(size * max(height, width) / min(height, width))
+    shape = (size, scaled) if width <= height else (scaled, size)
+    small = Image.fromarray(mask.astype(np.uint8)).resize(shape, Image.Resampling.NEAREST)
+    return centre_crop(np.asarray(small), size).astype(bool)
+
+
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """A part of the film, drawn and scaled to a square: open_clip's transform for training, torchvision's `RandomResizedCrop`.
 

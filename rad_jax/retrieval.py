@@ -1,6 +1,6 @@
 """Image and text embeddings of the contrastive model, for retrieval; the ranks and their protocol live in evaluation/."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -44,3 +44,15 @@ def embed(model: Clip, variables: Tree, batches: Iterable[dict[str, np.ndarray]]
         for name, values in (("images", images), ("texts", texts), ("index", batch["index"])):
             rows[name].append(values[real])
     return {name: np.concatenate(values) for name, values in rows.items()}
+
+
+def embed_texts(model: Clip, variables: Tree, ids: Sequence[Sequence[int]], mesh: Mesh) -> np.ndarray:
+    """Unit vectors float32 [n, E] of n texts given as token ids (prompts.render_clip), all in one batch."""
+    size = -(-len(ids) // mesh.size) * mesh.size
+    tokens, lengths = np.zeros((size, max(map(len, ids))), np.int32), np.ones(size, np.int32)
+    for i, own in enumerate(ids):
+        tokens[i, : len(own)], lengths[i] = own, len(own)
+    embed = jax.jit(lambda variables, tokens, length: model.apply(variables, tokens, length, method="encode_text"))
+    with jax.set_mesh(mesh):
+        placed = sharding.place_whole({"tokens": tokens, "length": lengths}, mesh)
+        return sharding.gather(embed(variables, **placed))[: len(ids)]

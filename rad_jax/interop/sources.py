@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rad_jax.errors import UserError
-from rad_jax.interop import shards, torch_zip
+from rad_jax.interop import shards, torch_legacy, torch_zip
 from rad_jax.interop.tables import Shape, listed
 
 INDEX = ".index.json"
@@ -27,7 +27,7 @@ NAMES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-TORCH = (".bin", ".pt", ".pth")
+TORCH = (".bin", ".pt", ".pth", ".th")
 NESTED = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
 UNFINISHED = ("*.incomplete", "*.part", ".cache/huggingface/download/*.incomplete")
 DTYPES = {code: np.dtype(name) for name, code in shards.DTYPES.items()}
@@ -167,7 +167,7 @@ def _open_index(path: Path, index: Path) -> Source:
 
 
 def _read_torch(file: Path) -> dict[str, np.ndarray]:
-    saved = torch_zip.read(file)
+    saved = torch_legacy.read(file) if torch_legacy.begins(file) else torch_zip.read(file)
     if not isinstance(saved, dict):
         raise UserError(f"{file} holds a {type(saved).__name__} instead of a dict of tensors: save a state_dict.")
     levels = [saved[key] for key in NESTED if isinstance(saved.get(key), dict)]

@@ -16,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -54,15 +54,15 @@ def read(path: Path) -> Any:
     data = mapped(path)
     if data[:2].tobytes() != b"PK":
         raise UserError(
-            f"{path} is not the kind of zip file that torch.save writes since torch 1.6: if torch can load it, save it again with "
-            "torch.save or as safetensors, else download it again."
+            f"{path} is no file that torch.save writes: if torch can load it, save it again with torch.save or as safetensors, else "
+            "download it again."
         )
     try:
         return _read(path, data)
     except UserError:
         raise
     except Exception as error:  # damaged files fail in any way they like, deep in zipfile or pickle
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _read(path: Path, data: np.ndarray) -> Any:
@@ -79,7 +79,7 @@ def _read(path: Path, data: np.ndarray) -> Any:
         raise UserError(f"{path} was written on a big-endian machine: convert it to safetensors there.")
     folder = f"{root}data/"
     storages = {name.removeprefix(folder): member for name, member in members.items() if name.startswith(folder)}
-    return _Unpickler(program, path, data, storages).load()
+    return Unpickler(io.BytesIO(program), path, data, storages).load()
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -104,7 +104,7 @@ def mapped(path: Path) -> np.ndarray:
         raise UserError(f"{path}: no such file: check the path.") from error
 
 
-def _damaged(path: Path, reason: str) -> UserError:
+def damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is truncated or damaged ({reason}): download it again.")
 
 
@@ -116,15 +116,15 @@ def _locate(path: Path, data: np.ndarray, member: zipfile.ZipInfo) -> slice:
         )
     header = data[member.header_offset : member.header_offset + 30].tobytes()
     if len(header) < 30 or not header.startswith(b"PK\3\4"):
-        raise _damaged(path, f"{member.filename} is not where the list of contents says")
+        raise damaged(path, f"{member.filename} is not where the list of contents says")
     start = member.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
     if start + member.file_size > len(data):
-        raise _damaged(path, f"{member.filename} ends after the file")
+        raise damaged(path, f"{member.filename} ends after the file")
     return slice(start, start + member.file_size)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
     """One-dimensional memory that tensors are views of."""
 
     data: np.ndarray
@@ -150,7 +150,7 @@ class _ScalarType:
         self.order = ">" if state[1] == ">" else "<"
 
 
-class _Known:
+class Known:
     """A function that a pickle may call and not change: it could set attributes of a plain one, for the next file to meet."""
 
     __slots__ = ("_function",)
@@ -165,22 +165,24 @@ class _Known:
         raise pickle.UnpicklingError("a function is given a state")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows a few names and has functions of its own for them."""
+class Unpickler(pickle.Unpickler):
+    """Knows a few names and has functions of its own for them; `program` is a pickle."""
 
-    def __init__(self, program: bytes, path: Path, data: np.ndarray, storages: Mapping[str, zipfile.ZipInfo]) -> None:
-        super().__init__(io.BytesIO(program))
+    def __init__(
+        self, program: BinaryIO, path: Path, data: np.ndarray, storages: Mapping[str, zipfile.ZipInfo]
+    ) -> None:
+        super().__init__(program)
         self.path, self.data, self.storages = path, data, storages
         self.known: dict[str, Any] = {
-            "torch._utils._rebuild_tensor_v2": _Known(self.tensor),
-            "torch._utils._rebuild_parameter": _Known(self.parameter),
-            "torch.Size": _Known(self.size),
-            "torch.device": _Known(self.device),
-            "collections.OrderedDict": _Known(self.state_dict),
-            "numpy.dtype": _Known(self.scalar_type),
-            "numpy.core.multiarray.scalar": _Known(self.scalar),
-            "numpy._core.multiarray.scalar": _Known(self.scalar),
-            "_codecs.encode": _Known(self.encode),
+            "torch._utils._rebuild_tensor_v2": Known(self.tensor),
+            "torch._utils._rebuild_parameter": Known(self.parameter),
+            "torch.Size": Known(self.size),
+            "torch.device": Known(self.device),
+            "collections.OrderedDict": Known(self.state_dict),
+            "numpy.dtype": Known(self.scalar_type),
+            "numpy.core.multiarray.scalar": Known(self.scalar),
+            "numpy._core.multiarray.scalar": Known(self.scalar),
+            "_codecs.encode": Known(self.encode),
             # Types are passed around and never called: their names do.
             **{f"torch.{name}": name for name in (*STORAGES, *DTYPES)},
         }
@@ -194,18 +196,18 @@ class _Unpickler(pickle.Unpickler):
             )
         return self.known[wanted]
 
-    def persistent_load(self, reference: Any) -> _Storage:
+    def persistent_load(self, reference: Any) -> Storage:
         kind, name, key, _device, count = reference
         if kind != "storage" or key not in self.storages:
-            raise _damaged(self.path, f"the storage {key!r} is missing")
+            raise damaged(self.path, f"the storage {key!r} is missing")
         found = self.data[_locate(self.path, self.data, self.storages[key])]
         if count * STORAGES[name].itemsize != len(found):
-            raise _damaged(self.path, f"the storage {key!r} has {len(found)} bytes for {count} numbers of a {name}")
-        return _Storage(found, STORAGES[name])
+            raise damaged(self.path, f"the storage {key!r} has {len(found)} bytes for {count} numbers of a {name}")
+        return Storage(found, STORAGES[name])
 
     def tensor(
         self,
-        storage: _Storage,
+        storage: Storage,
         offset: int,
         shape: Shape,
         strides: tuple[int, ...],
@@ -220,12 +222,12 @@ class _Unpickler(pickle.Unpickler):
             )
         dtype, numbers = storage.dtype, (offset, *shape, *strides)
         if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
-            raise _damaged(self.path, f"a tensor of shape {shape} has offset {offset} and strides {strides}")
+            raise damaged(self.path, f"a tensor of shape {shape} has offset {offset} and strides {strides}")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if 0 in shape:
             return np.ndarray(shape, dtype, storage.data[:0])
         if (last + 1) * dtype.itemsize > len(storage.data):
-            raise _damaged(self.path, f"a tensor of shape {shape} reaches out of its storage")
+            raise damaged(self.path, f"a tensor of shape {shape} reaches out of its storage")
         steps = [stride * dtype.itemsize for stride in strides]
         return np.ndarray(shape, dtype, storage.data, offset * dtype.itemsize, steps)
 

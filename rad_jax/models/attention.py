@@ -195,5 +195,9 @@ class EncoderAttention(nn.Module):
             y = Dense(shape, ("embed", "heads", "head_dim"), dtype=self.dtype, name=name)(x)
             return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
-        y = attend(heads("q"), heads("k"), heads("v"), lengths, causal=False, impl=self.impl)
+        q, k = heads("q"), heads("k")
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            weights = attention_weights(q[:, :1], k, lengths, causal=False)
+            self.sow("attention", "first", weights[:, :, 0])  # of the class token, [B, N, S]
+        y = attend(q, k, heads("v"), lengths, causal=False, impl=self.impl)
         return Dense((width,), ("heads", "head_dim", "embed"), in_axes=2, dtype=self.dtype, name="o")(y)

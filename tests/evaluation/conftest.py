@@ -1,9 +1,13 @@
 """A page's worth of made-up but realistic content."""
 
 import io
+import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +244,68 @@ def sample() -> Context:
             ("Versions", "rad_jax 0.1.0, jax 0.10.2, Python 3.11"),
         ],
     )
+
+
+# A window is never narrower than about 500 px, so the page is measured in a frame of the asked width, whose style
+# sheet sees that width, and tells the page around it what it found.
+MEASURE = """<script>addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg")
+    && e.getBoundingClientRect().right > innerWidth + 0.5);
+  const broken = [...document.images].filter(e => !e.naturalWidth);
+  parent.postMessage([innerWidth, document.documentElement.scrollWidth, broken.length, wide.length].join(" "), "*");
+})</script>"""
+FRAME = """<body style="margin:0"><script>onmessage = e => document.body.dataset.measured = e.data</script>
+<iframe src="measured.html" width="{width}" height="3000" style="border:0"></iframe></body>"""
+
+
+class Browser:
+    """Headless Chromium that can reach no network; what pages ask for is logged."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._log = folder, folder / "net.json"
+        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if program is None:
+            pytest.skip("no chromium on this machine (apt-get install chromium)")
+        self._program = program
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """One start with these arguments, the page last; console messages are lines with CONSOLE in stderr."""
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-dev-shm-usage"]
+        flags += [
+            "disable-component-update",
+            "no-first-run",
+            "host-resolver-rules=MAP * ~NOTFOUND",
+            "enable-logging=stderr",
+        ]
+        flags += [f"user-data-dir={self._folder / 'profile'}", f"log-net-log={self._log}"]
+        command = [self._program, *(f"--{flag}" for flag in flags), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+
+    def requests(self) -> list[str]:
+        """What the pages of the last start asked of the network; what the browser asks for itself has no origin."""
+        events = json.loads(self._log.read_text())["events"]
+        asked = [event.get("params", {}) for event in events]
+        return [a["url"] for a in asked if "url" in a and a.get("initiator", "not an origin") != "not an origin"]
+
+    def measure(self, text: str, width: int) -> list[int]:
+        """Inner width, scroll width, broken images and elements that stick out, of a page in a frame of this width."""
+        policy = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
+        text = re.sub(policy, "", text).replace("</body>", MEASURE + "</body>")
+        (self._folder / "measured.html").write_text(text, encoding="utf-8")
+        frame = self._folder / "frame.html"
+        frame.write_text(FRAME.format(width=width), encoding="utf-8")
+        done = self.run("--window-size=1400,3000", "--dump-dom", frame.as_uri())
+        found = re.search(r'data-measured="(\d+) (\d+) (\d+) (\d+)"', done.stdout)
+        assert found is not None, "the page did not finish loading"
+        return [int(number) for number in found.groups()]
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Browser:
+    return Browser(tmp_path)
+
+
+@pytest.fixture
+def draw() -> Callable[[int], bytes]:
+    """A PNG of something like a radiograph, by seed."""
+    return lambda seed: png(radiograph(seed))

@@ -5,8 +5,10 @@ import pytest
 from evaluation import benchmark
 
 
-def test_both_sides_give_the_same_numbers() -> None:
+def test_both_sides_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark.bootstrap(reports=40, draws=100)
+    benchmark.table(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert [row["name"] for row in rows] == ["label F1, 8 averages", "BLEU-4"]
     assert all(row["ours_s"] > 0 and row["peer_s"] > 0 and row["draws"] == 100 for row in rows)
 

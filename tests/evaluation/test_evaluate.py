@@ -352,7 +352,7 @@ def test_command_prints_a_table(tmp_path: Path) -> None:
     assert "1 of 4 predictions are empty and score as such." in done.stdout
     assert "| system" in done.stdout and "ROUGE-L" in done.stdout
     assert CLEAR not in done.stdout + done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(command.FILES)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted((*command.FILES, command.PAGE))
 
 
 @pytest.mark.parametrize(
@@ -372,3 +372,16 @@ def test_command_ends_in_one_sentence(tmp_path: Path, arguments: list[str], mess
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_groups_of_a_corpus() -> None:
+    known = {"view": "AP", "sex": "F", "age": 63, "indication": "Cough."}
+    records = {"a": known, "b": {**known, "sex": "", "age": -1, "indication": " "}, "c": {**known, "age": 91}}
+    found = corpora.groups_of(records)
+    assert found["a"] == {"view": "AP", "sex": "F", "age": "60-79", "indication": "given"}
+    assert found["b"] == {"view": "AP", "sex": "", "age": "", "indication": "absent"}
+    assert [corpora.groups_of({"x": {"age": age}})["x"]["age"] for age in (0, 17, 18, 39, 80, 91)] == [
+        *("00-17", "00-17", "18-39", "18-39", "80+", "80+"),
+    ]
+    with pytest.raises(UserError, match="--groups=corpus needs"):
+        command.corpus_options(None, False, [], True)

@@ -3,9 +3,8 @@
 import html.parser
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,53 +140,14 @@ def test_written_whole_or_not_at_all(sample: Context, tmp_path: Path) -> None:
         write_page(tmp_path / "file" / "page.html", sample)
 
 
-# A window is never narrower than about 500 px, so the page is measured in a frame of the asked width, whose style
-# sheet sees that width, and tells the page around it what it found.
-MEASURE = """<script>addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg")
-    && e.getBoundingClientRect().right > innerWidth + 0.5);
-  const broken = [...document.images].filter(e => !e.naturalWidth);
-  parent.postMessage([innerWidth, document.documentElement.scrollWidth, broken.length, wide.length].join(" "), "*");
-})</script>"""
-FRAME = """<body style="margin:0"><script>onmessage = e => document.body.dataset.measured = e.data</script>
-<iframe src="measured.html" width="{width}" height="3000" style="border:0"></iframe></body>"""
-
-
-def chromium(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium)")
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-dev-shm-usage",
-    ]
-    command = [program, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
-def measure(text: str, width: int, tmp_path: Path) -> list[int]:
-    """Inner width, scroll width, broken images and elements that stick out, of a page in a frame of this width."""
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", MEASURE + "</body>")
-    (tmp_path / "measured.html").write_text(text, encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width), encoding="utf-8")
-    done = chromium(tmp_path, "--window-size=1400,3000", "--dump-dom", frame.as_uri())
-    found = re.search(r'data-measured="(\d+) (\d+) (\d+) (\d+)"', done.stdout)
-    assert found is not None, "the page did not finish loading"
-    return [int(number) for number in found.groups()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_fits_in_a_browser(sample: Context, tmp_path: Path, width: int, scheme: str) -> None:
+def test_fits_in_a_browser(sample: Context, tmp_path: Path, browser: Any, width: int, scheme: str) -> None:
     page = write_page(tmp_path / "page.html", sample)
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     shot = tmp_path / "page.png"
-    done = chromium(tmp_path, *dark, f"--window-size={width},3000", f"--screenshot={shot}", page.as_uri())
+    done = browser.run(*dark, f"--window-size={width},3000", f"--screenshot={shot}", page.as_uri())
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     from PIL import Image
@@ -197,16 +157,16 @@ def test_fits_in_a_browser(sample: Context, tmp_path: Path, width: int, scheme: 
         ground = image.convert("RGB").getpixel((3, 3))
     assert ground == ((246, 247, 249) if scheme == "light" else (15, 21, 27))
 
-    inner, scroll, broken, wide = measure(text=page.read_text(encoding="utf-8"), width=width, tmp_path=tmp_path)
+    inner, scroll, broken, wide = browser.measure(page.read_text(encoding="utf-8"), width)
     assert inner == width
     assert scroll <= inner, f"scrolls sideways: {scroll} > {inner}"
     assert (broken, wide) == (0, 0)
 
 
 @pytest.mark.slow
-def test_the_measure_can_fail(sample: Context, tmp_path: Path) -> None:
+def test_the_measure_can_fail(sample: Context, browser: Any) -> None:
     """A page wider than the window is noticed, so that the test above means something."""
     text = render(sample).replace("</main>", '<div style="width:500px"><img src="data:,"></div></main>')
-    inner, scroll, broken, wide = measure(text, 390, tmp_path)
+    inner, scroll, broken, wide = browser.measure(text, 390)
     assert (inner, broken) == (390, 1)
     assert scroll > 390 and wide >= 1

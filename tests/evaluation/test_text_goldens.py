@@ -222,3 +222,52 @@ def test_golden_rouge(golden: dict[str, Any], pairs: tuple[list[str], list[str]]
         # The file keeps ten digits per pair, and its mean is over those; the last of three is F.
         assert metrics[name].total() == pytest.approx(expected["mean_f"][kind], abs=1e-10)
         np.testing.assert_allclose(metrics[name].each(), [row[kind][2] for row in expected["per_pair"]], atol=1e-9)
+
+
+# Five pairs of RadEval's tests (tests/fixtures), every different word replaced by a code of two characters: scores of overlap see only which
+# words are equal. First words as blanks part them, then words as ROUGE sees them, lower-cased and stemmed.
+RADEVAL_BLANKS = (
+    [
+        "a0 a1 a2 a3",
+        "a4 a5 a6 a7 a8 a9 b0 b1 b2 b3",
+        "b4 b5 b6 b7 b8 b9 c0 c1 c2 c3 c4 c5 c6 a4 c7 c8 c9",
+        "a0 d0 a1 a2 a3 d1 d2 d3 d4 d5 d6 d7 d8 d9",
+        "e0 e1 c7 e2 b1 c4 e3 b3",
+    ],
+    [
+        "a0 a1 a2 a3",
+        "e4 e5 d2 d3 a6 a7 a9 b0 b1 e6 e7 b3",
+        "e8 e9 f0 f1 a6 f2 f3 f4 f5 f6",
+        "f7 f8 c2 c7 f9 a6 g0 g1 g2 g3 g4 f2 g5 c7 g6",
+        "a0 a9 b0 g7 g8",
+    ],
+)
+RADEVAL_STEMS = (
+    [
+        "a0 a1 a2 a3",
+        "a4 a5 a6 a7 a8 a9 b0 b1 b2 b3",
+        "b4 b5 b6 b7 b8 b9 c0 c1 c2 c3 b5 c4 c5 c6 a4 c7 c8 c9",
+        "a0 d0 a1 a2 a3 d1 d2 d3 d4 d5 d6 d7 d8 d9 e0",
+        "e1 a4 c7 e2 b1 b5 e3 b3",
+    ],
+    [
+        "a0 a1 a2 a3",
+        "e4 d1 d2 d3 a6 a7 a9 b0 b1 e5 e6 b3",
+        "e7 e8 e9 f0 a6 a0 f1 f2 f3 f4",
+        "f5 f6 c2 c7 f7 a6 f8 f9 g0 e2 g1 a0 g2 c7 e2",
+        "a0 a9 b0 g3 g4",
+    ],
+)
+
+
+def test_scores_of_radeval() -> None:
+    """tests/fixtures/expected_scores_cpu.json of RadEval 2.2.0, four digits."""
+    references, predictions = RADEVAL_BLANKS
+    found = [bleu.metric(predictions, references, order, "coco").total() for order in (1, 2, 3, 4)]
+    np.testing.assert_allclose(found, [0.1867, 0.1532, 0.1189, 0.0826], atol=5e-5)
+    references, predictions = RADEVAL_STEMS
+    rouges = {metric.name: metric for metric in rouge.metrics(predictions, references, stemmer=True)}
+    expected = {"rouge_1": 0.3224, "rouge_2": 0.26, "rouge_l": 0.3224}
+    assert {name: rouges[name].total() for name in expected} == pytest.approx(expected, abs=5e-5)
+    np.testing.assert_allclose(rouges["rouge_l"].each(), [1, 6 / 11, 0, 1 / 15, 0], atol=1e-12)
+    np.testing.assert_allclose(rouges["rouge_2"].each(), [1, 0.3, 0, 0, 0], atol=1e-12)

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import labels
+from evaluation import bertscore, labels, models, report
 from evaluation.bert_labeler import HEADS, BertLabeler
+from evaluation.predictions import Predictions, Row
 from rad_jax.errors import UserError
 
 pytestmark = pytest.mark.parity
@@ -119,3 +120,19 @@ def test_other_checkpoints_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         BertLabeler(save(tmp_path / "m.pth", model, change), labeler.tokenizer.path)
+
+
+def test_in_the_evaluation(tmp_path: Path, model: Any, labeler: BertLabeler) -> None:
+    """A folder of weights with this model alone gives F1 over its labels and the cosine of its class tokens."""
+    (tmp_path / "chexbert").mkdir()
+    save(tmp_path / "chexbert/chexbert.pth", model)
+    (tmp_path / "chexbert/vocab.txt").write_text("\n".join(WORDS) + "\n")
+    rows = [Row(str(i), "", TEXTS[i], TEXTS[j], i + 1) for i, j in enumerate((1, 1, 0, 4, 3))]
+    filled = models.fill([report.Input("p", Predictions(rows, []))], report.Options(draws=100), tmp_path)
+    result, _ = report.evaluate(*filled)
+    found = {m["name"]: m["value"] for m in result["metrics"]}
+    kept = [row for row in rows if row.reference.strip()]
+    said, true = (labeler.label([getattr(row, side) for row in kept]) for side in ("prediction", "reference"))
+    positive, both = said.codes == labels.POSITIVE, (said.codes == labels.POSITIVE) & (true.codes == labels.POSITIVE)
+    assert found["chexbert_micro_14"] == pytest.approx(2 * both.sum() / (positive.sum() + (true.codes == labels.POSITIVE).sum()))  # fmt: skip
+    assert found["semb_score"] == pytest.approx(bertscore.semb_scores(said.cls, true.cls).mean(), abs=1e-6)

@@ -1,0 +1,168 @@
+"""Models that say where they look: a LLaVA while it writes a word, and the tower of a contrastive model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rad_jax import distributed
+from rad_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A word of a text, and the boxes it should point at (empty when nobody knows), in pixels of the square that the model sees.
+
+    record: with id, patient, question and image (PNG).
+    """
+
+    record: dict[str, Any]
+    text: str
+    span: tuple[int, int]
+    name: str
+    boxes: list[list[float]]
+
+
+class Looker:
+    """A checkpoint of launch.train, ready to say where it looks.
+
+    Attributes:
+        image_size: of the square it sees.
+        what: "llava" or "tower".
+    """
+
+    image_size: int
+    what: str
+
+    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+        """float32 [n, L, N, h, w] by layer and head: of a LLaVA the attention to the image when the span was about to be written, averaged
+        over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
+        same in every head and moved so that its least is 0."""
+        raise NotImplementedError
+
+    def candidate(self, layer: int, head: int, layers: int) -> str:
+        """Words for a layer and head of `maps`."""
+        return (
+            "likeness to the phrase" if self.what == "tower" and layer == layers - 1 else f"layer {layer}, head {head}"
+        )
+
+
+def open_looker(checkpoint: Path, batch_size: int) -> Looker:
+    """A looker of the kind that the checkpoint is of. Raises UserError for one that sees no images."""
+    import jax
+
+    from rad_jax import prompts, sharding, tasks
+    from rad_jax.checkpoint import load_run
+
+    run = load_run(checkpoint)
+    mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+    task, variables = tasks.restore(run, mesh)
+    tokenizer = prompts.load_tokenizer(run.tokenizer_file)
+    size = -(-batch_size // mesh.size) * mesh.size
+    if run.config["task"] == "contrastive":
+        return _Tower(task.model, variables, mesh, tokenizer, size)
+    if run.config["task"] != "generative" or task.model.config.vision is None:
+        raise UserError(f"{checkpoint} does not look at images: give a run of stage 1, 2 or 3.")
+    return _Llava(task.model, variables, mesh, tokenizer, size)
+
+
+class _Model(Looker):
+    def __init__(self, model: Any, variables: Any, mesh: Any, tokenizer: Any, batch_size: int):
+        self._model, self._variables, self._mesh = model, variables, mesh
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self.image_size = model.config.vision.image_size
+
+    def _film(self, target: Target) -> np.ndarray:
+        from rad_jax import images
+
+        return images.centre_crop(images.decode_png(target.record["image"]), self.image_size)
+
+    def _batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+        """Rows of a full batch, the last one filled up, and those of them that are real."""
+        quiet = None if distributed.first() else True
+        starts = range(0, len(rows), self._batch_size)
+        for start in tqdm(starts, desc="attention", unit="batch", disable=quiet):
+            chosen = rows[start : start + self._batch_size]
+            yield [*chosen, *[chosen[0]] * (self._batch_size - len(chosen))], chosen
+
+    def _placed(self, rows: Sequence[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
+        """A batch: images, tokens and their number, and what else is a list of numbers, padded with its last."""
+        from rad_jax import sharding
+
+        batch = {"image": np.stack([row["image"] for row in rows])}
+        batch["length"] = np.array([len(row["tokens"]) for row in rows], np.int32)
+        for name, size in sizes.items():
+            padded = [np.pad(row[name], (0, size - len(row[name])), mode="edge") for row in rows]
+            batch[name] = np.stack(padded).astype(np.int32)
+        return sharding.place_whole(batch, self._mesh)
+
+
+class _Llava(_Model):
+    what = "llava"
+
+    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+        import jax
+
+        from rad_jax import sharding
+        from rad_jax.grounding import attention_to_image
+
+        rows = [self._row(target) for target in targets]
+        sizes = {name: max(len(row[name]) for row in rows) for name in ("tokens", "queries")}
+        maps: list[np.ndarray] = []
+        for batch, chosen in self._batches(rows):
+            with jax.set_mesh(self._mesh):
+                placed = self._placed(batch, sizes)
+                at = placed.pop("queries")
+                seen = sharding.gather(attention_to_image(self._model, self._variables, placed, at))
+            maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
+        return _square(np.stack(maps))
+
+    def _row(self, target: Target) -> dict[str, Any]:
+        from rad_jax import prompts
+
+        tokenizer = self._tokenizer
+        prompt = prompts.render_v1(tokenizer, target.record["question"], None).ids
+        words = tokenizer.encode(target.text)
+        ends = [len(tokenizer.decode(words[: k + 1])) for k in range(len(words))]
+        start, stop = target.span
+        inside = [k for k, end in enumerate(ends) if end > start and (ends[k - 1] if k else 0) < stop]
+        queries = [len(prompt) + k - 1 for k in inside]
+        return {"tokens": prompt + words, "queries": queries, "image": self._film(target)}
+
+
+class _Tower(_Model):
+    what = "tower"
+
+    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+        import jax
+
+        from rad_jax import prompts, sharding
+        from rad_jax.grounding import attention_of_tower
+
+        most = self._model.config.text.max_positions
+        rows: list[dict[str, Any]] = [
+            {
+                "tokens": prompts.render_clip(self._tokenizer, target.text[slice(*target.span)], most).ids,
+                "image": self._film(target),
+            }
+            for target in targets
+        ]
+        sizes = {"tokens": max(len(row["tokens"]) for row in rows)}
+        maps: list[np.ndarray] = []
+        for batch, chosen in self._batches(rows):
+            with jax.set_mesh(self._mesh):
+                placed = self._placed(batch, sizes)
+                seen, like = sharding.gather(attention_of_tower(self._model, self._variables, placed))
+            for attention, cosines in zip(seen[: len(chosen)], like[: len(chosen)], strict=True):
+                shape = (1, attention.shape[1], attention.shape[2])
+                maps.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
+        return _square(np.stack(maps))
+
+
+def _square(maps: np.ndarray) -> np.ndarray:
+    """[n, L, N, P] to [n, L, N, h, w]."""
+    side = round(maps.shape[-1] ** 0.5)
+    return maps.reshape(*maps.shape[:3], side, side)

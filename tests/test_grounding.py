@@ -1,0 +1,122 @@
+"""Where models look: the tower against its attention written out, and the command from films and checkpoints to scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rad_jax import tasks
+from rad_jax.grounding import attention_of_tower
+from rad_jax.images import normalise
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_attention_of_the_tower(training):
+    """The first layer equals the softmax written out in float64; the likeness is that of the patches' projections."""
+    config = training.config("stage1")
+    model, variables = tasks.make_task(config).model, training.variables(config, seed=2)
+    batch = training.batch(config, rows=3, seed=5)
+    seen, like = (np.asarray(x) for x in attention_of_tower(model, variables, batch))
+    vision = model.config.vision
+    assert vision is not None
+    assert seen.shape == (3, vision.depth, vision.heads, vision.patches) and like.shape == (3, vision.patches)
+    assert (seen > 0).all() and (seen.sum(-1) < 1).all()
+
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["vision"])
+    pixels = normalise(batch["image"], np, vision.pixel_mean, vision.pixel_std).astype(np.float64)
+    side = vision.image_size // vision.patch_size
+    cut = pixels.reshape(3, side, vision.patch_size, side, vision.patch_size, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = np.einsum("bpyxc,yxcd->bpd", cut.reshape(3, vision.patches, vision.patch_size, vision.patch_size, 3), p["patch_embed"]["kernel"])  # fmt: skip
+    x = x + p["patch_embed"].get("bias", 0)
+    x = np.concatenate([np.broadcast_to(p["cls_token"], (3, 1, vision.width)), x], axis=1) + p["pos_embed"]
+    first = jax.tree.map(lambda leaf: leaf[0], p["blocks"])
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + vision.eps)
+    y = y * first["norm1"]["scale"] + first["norm1"]["bias"]
+    q, k = (np.einsum("bsd,dnh->bsnh", y, first["attn"][n]["kernel"]) + first["attn"][n]["bias"] for n in "qk")
+    scores = np.einsum("bnh,btnh->bnt", q[:, 0], k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(seen[:, 0], weights[..., 1:], atol=1e-5)  # float32 against float64
+
+    images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
+    states = model.apply(variables, images, method=lambda clip, x: clip.vision_head(clip.vision(x)[:, 1:]))
+    text = model.apply(variables, batch["tokens"], batch["length"], method="encode_text")
+    states = np.asarray(states, np.float64)
+    expected = np.einsum("bpe,be->bp", states / np.linalg.norm(states, axis=-1, keepdims=True), np.asarray(text))
+    np.testing.assert_allclose(like, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage3", "stage1"])
+def test_command_on_real_boxes(chain, real, tmp_path, stage):
+    """153 boxes and masks that radiologists drew, and models of four steps: everything runs, and pointing is at chance."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "launch.ground", f"--checkpoint={chain / stage}", f"--out={out}"]
+    command += [f"--boxes={real / 'grounding_boxes.csv'}", f"--patients={real / 'reports.csv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "grounding.json").read_text())
+    assert result["model"] == {"stage3": "llava", "stage1": "tower"}[stage]
+    assert result["n"] + result["validation_n"] + len(result["skipped"]) == 147  # boxes of one film and phrase are one
+    assert result["patients"] + result["validation_patients"] == 44
+    assert set(result["phrases"]) >= {"left lung", "right lung"}
+    assert 0.25 < result["chance"]["value"] < 0.35  # a lung is a third of a film
+    assert result["shuffled"]["p"] > 0.01 and "pointing is at chance" in done.stdout
+    for name in ("accuracy", "mass", "contrast", "mean_iou"):
+        assert result[name]["ci"][0] <= result[name]["value"] <= result[name]["ci"][1]
+    assert f"{result['n']} phrases of {result['patients']} other patients" in done.stdout
+    assert len(np.load(out / "maps.npz").files) == result["n"]
+
+
+@pytest.mark.slow
+def test_every_word_of_the_predictions(chain, training, tmp_path):
+    """Maps of all words, which the evaluation's page takes as they are."""
+    from rad_jax.input_pipeline import Corpus
+
+    source = Corpus.open(training.corpus).source("test")
+    rows = [source[number] for number in range(min(3, len(source)))]
+    predictions = tmp_path / "p.jsonl"
+    lines = [
+        {"id": row["id"], "query": "", "reference": row["findings"], "prediction": row["findings"]} for row in rows
+    ]
+    predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(program, *arguments):
+        command = [sys.executable, "-m", f"launch.{program}", *arguments, f"--data={training.corpus}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+
+    looks = f"--out={tmp_path / 'g'}"
+    run("ground", f"--checkpoint={chain / 'stage3'}", f"--predictions={predictions}", "--every_word", looks)
+    words = json.loads((tmp_path / "g/words.json").read_text())
+    maps = np.load(tmp_path / "g/words.npz")
+    for line in lines:
+        spans = words[line["id"]]["spans"]
+        assert [line["prediction"][a:b] for a, b in spans] == line["prediction"].replace(".", " ").replace(",", " ").replace("-", " ").split()  # fmt: skip
+        assert maps[line["id"]].shape[0] == len(spans) and np.isfinite(maps[line["id"]]).all()
+    run("evaluate", str(predictions), f"--attention={tmp_path / 'g'}", f"--out={tmp_path / 'e'}")
+    page = (tmp_path / "e/report.html").read_text(encoding="utf-8")
+    assert page.count('class="map"') == sum(len(words[line["id"]]["spans"]) for line in lines)
+    assert page.count('alt="Radiograph"') == len(lines)
+    assert "Restricted data" not in page  # drawn films
+
+
+@pytest.mark.slow
+def test_zero_shot_beside_retrieval(chain, training, tmp_path):
+    """Fourteen classes of drawn films; with a model of four steps what matters is that counts and intervals are whole."""
+    out = tmp_path / "r.json"
+    command = [sys.executable, "-m", "launch.retrieve", f"--checkpoint={chain / 'stage1'}", f"--data={training.corpus}"]
+    command += ["--split=train", "--zero_shot", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["zero_shot"]
+    assert len(found["classes"]) == 14 and 0 < found["mean_auroc"] < 1
+    for scores in found["classes"].values():
+        assert (scores["auroc"] is None) == (scores["positive"] in (0, scores["n"] - scores["uncertain"]))
+    assert "zero-shot AUROC, mean of" in done.stdout
