@@ -90,7 +90,7 @@ class Training:
         task, model, trainable, template, length, targets = stages[stage]
         data = {"template": template, "text_length": length, "target_length": targets}
         config = common.experiment(task, model, trainable, data, steps=4, batch_size=8)
-        config.update({"log_every": 1, "checkpoint_every": 2, **changes})
+        config.update({"log_every": 1, "checkpoint_every": 2, "checkpoint_minutes": 0.0, **changes})
         return config
 
     def batches(self, config: Any) -> Any:

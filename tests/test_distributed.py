@@ -34,19 +34,19 @@ def get_config(name):
 # Runs a command whose process sends itself a signal when it asks for its sixth batch.
 VICTIM = """
 import os, runpy, sys
-from rad_jax import train
+from rad_jax.runlog import RunLog
 
 number, sys.argv, after = int(sys.argv[1]), sys.argv[2:], 5
-take = train.Meter.next
+take = RunLog.fetch
 
-def next_(self, batches):
+def fetch(self, batches):
     global after
     if not after:
         os.kill(os.getpid(), number)
     after -= 1
     return take(self, batches)
 
-train.Meter.next = next_
+RunLog.fetch = fetch
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
