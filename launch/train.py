@@ -102,6 +102,7 @@ def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[
     source = corpus.source(config.data.split, config.data.selection)
     beside = train.Beside(
         stop=stop,
+        evaluate=evaluator(config, task, corpus, mesh),
         names=lambda numbers: [named(source, number) for number in numbers],
         writers=writers(workdir),
         profile=profile,
@@ -109,6 +110,16 @@ def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[
     )
     base = state.join(*(run.variables for run in bases))
     return config, task, base, batches, data["fingerprint"], workdir, mesh, beside
+
+
+def evaluator(config: Any, task: Any, corpus: Any, mesh: Any) -> Any:
+    """What scores the weights every `config.evaluate.every` steps; None for never."""
+    if not config.evaluate.every:
+        return None
+    from data.phantom.parser import parse
+    from evaluation.development import Development
+
+    return Development(config.evaluate, task.model, corpus, mesh, parse)
 
 
 def named(source: Any, number: int) -> str:
