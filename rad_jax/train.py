@@ -22,6 +22,7 @@ from rad_jax.runlog import Row, RunLog
 from rad_jax.state import TrainState, Tree, select, split, table
 
 Batch = Mapping[str, Any]
+_now = time.monotonic
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the train step
@@ -181,7 +182,7 @@ def loop(
         The last step that was done; a checkpoint holds it.
     """
     number = first = int(state.step)
-    stops, profile, saved = False, telemetry.Profile(workdir, beside.profile), time.monotonic()
+    stops, profile, saved = False, telemetry.Profile(workdir, beside.profile), _now()
     for number in range(first + 1, config.steps + 1):
         batch = sharding.place_batch(log.fetch(batches), mesh)
         if number == first + 1:
@@ -198,14 +199,14 @@ def loop(
         logs = number % config.log_every == 0 or number == 1
         saves = stops or evaluates or last or number % config.checkpoint_every == 0
         if logs and config.checkpoint_minutes:  # all processes ask, and the first one's clock says
-            saves |= distributed.of_first(time.monotonic() - saved) > 60 * config.checkpoint_minutes
+            saves |= distributed.of_first(_now() - saved) > 60 * config.checkpoint_minutes
         if saves or logs:
             log.due()
         if saves:
             log.read()
             with log.aside("save"):
                 checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
-            saved, stops = time.monotonic(), stops or beside.stop.reached()
+            saved, stops = _now(), stops or beside.stop.reached()
         if evaluates and not stops:
             with log.aside("evaluate"), beside.stop.at_once(checkpoints.wait):
                 stops = not evaluate(number, state, frozen, checkpoints, workdir, beside)

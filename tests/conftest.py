@@ -169,7 +169,14 @@ class Training:
         return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def run(
-        self, config: Any, workdir: Path, bases: tuple[Path, ...] = (), *, stop: int | None = None, mesh: Any = None
+        self,
+        config: Any,
+        workdir: Path,
+        bases: tuple[Path, ...] = (),
+        *,
+        stop: int | None = None,
+        mesh: Any = None,
+        beside: Any = None,
     ) -> None:
         """Trains; with `stop`, as if killed after that many batches."""
         from rad_jax import checkpoint, state, tasks, train
@@ -183,7 +190,7 @@ class Training:
         if stop is not None:
             batches = Interrupted(batches, stop)
         task = tasks.make_task(config)
-        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh())
+        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh(), beside)
 
 
 class Interrupted:

@@ -240,6 +240,39 @@ def test_terminated_process_makes_the_job_save_and_stop(training, jobs, tmp_path
     assert metrics.read(tmp_path / "run")[-1]["step"] == run.step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, 2, 2), (1, (1, 2, 1))), ((2, 2, 2), (2, (2, 4, 1))), ((1, 1, 1), (2, (2, 1, 1)))],
+    ids=["8 devices to 2", "8 devices to 2 processes of 4", "1 process to 2"],
+)
+def test_run_goes_on_elsewhere(training, jobs, tmp_path, before, after):
+    """Stopped after step 4 of 8 and gone on with on other devices, it learns what it would have learned: rows and weights."""
+    config = training.config("lm", steps=8)
+    training.run(config, tmp_path / "whole", mesh=training.mesh(*before))
+    with pytest.raises(KeyboardInterrupt):
+        training.run(config, tmp_path / "moved", stop=4, mesh=training.mesh(*before))
+    processes, mesh = after
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'moved'}"]
+    text = jobs.run(processes, mesh[0] * mesh[1] * mesh[2] // processes, "train", *arguments, *mesh_flags(*mesh))[0]
+    assert "resumed at step 4 " in text
+    same_run(tmp_path / "moved", tmp_path / "whole", resumed=True)
+
+
+@pytest.mark.slow
+def test_terminated_process_alone_saves_and_goes_on(training, jobs, tmp_path):
+    """The same command again ends as a run that was not interrupted."""
+    config = training.config("lm", steps=8, checkpoint_every=100)
+    training.run(config, tmp_path / "whole")
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'parts'}"]
+    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, last=signal.SIGTERM))
+    assert ended.status == distributed.RESTART, ended.text
+    assert "saved and stopped, as it was told to (SIGTERM): start again to go on." in ended.text
+    assert checkpoint.load_run(tmp_path / "parts").step == 6
+    assert "resumed at step 6 " in jobs.run(1, 1, "train", *arguments)[0]
+    same_run(tmp_path / "parts", tmp_path / "whole", resumed=True)
+
+
 def test_flags_of_a_job(monkeypatch):
     """Those that belong to --multihost are not taken silently without it."""
     from absl import flags
