@@ -368,11 +368,11 @@ def _chosen(path: Path, wanted: str) -> int:
     if not wanted:
         return max(steps)
     best = read_best(path)
-    step = best["step"] if wanted == "best" and best else int(wanted) if wanted.isdecimal() else None
+    step = best["step"] if wanted == "best" and best else int(wanted) if wanted.isdecimal() else -1
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) + (f", best ({best['step']})" if best else "")
         raise UserError(f"{path} has no checkpoint {wanted!r}: there are {there}.")
-    return int(step)
+    return step
 
 
 def read_trainable(checkpoint: Path) -> Tree:

@@ -72,7 +72,8 @@ class RunLog:
         """The next batch. Time passes as waiting for data where the device has nothing else to do by then."""
         with self._phases("data"):
             batch = next(batches)
-        if self._span.numbers and not self._span.numbers[-1]["loss"].is_ready():
+        latest: Any = self._span.numbers[-1]["loss"] if self._span.numbers else None
+        if latest is not None and not latest.is_ready():
             self._phases.forgive("data")
         return batch
 

@@ -31,7 +31,7 @@ def compiles() -> int:
     return _compiles
 
 
-def _heard(event: str, duration: float, **_: Any) -> None:
+def _heard(event: str, duration_secs: float, **_: Any) -> None:
     global _compiles
     _compiles += event == "/jax/core/compile/backend_compile_duration"
 

@@ -231,7 +231,9 @@ def evaluate(
         checkpoints.keep_best({"step": number, **row})
     if distributed.first():
         metrics.append(workdir / "evaluations.jsonl", {"step": number, "time": time.time(), **row})
-        told = "the best so far" if better else f"the best is {best['value']:.4f} at step {best['step']}"
+        told = "the best so far"
+        if best is not None and not better:
+            told = f"the best is {best['value']:.4f} at step {best['step']}"
         if best is not None and row["low"] <= best["value"] <= row["high"]:
             told += ", within its interval"
         guards.say(f"{shown}; {told}.")

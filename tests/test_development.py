@@ -41,7 +41,12 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
     develop, _ = made(config, mesh)
     texts = []
     score = develop.score
-    monkeypatch.setattr(develop, "score", lambda said: (texts.append(said), score(said))[1])
+
+    def scored(said):
+        texts.append(said)
+        return score(said)
+
+    monkeypatch.setattr(develop, "score", scored)
     training.run(config, tmp_path / "run", (chain / "stage2",), mesh=mesh, beside=train.Beside(evaluate=develop))
     rows = metrics.lines(tmp_path / "run" / "evaluations.jsonl")
     assert [row["step"] for row in rows] == [2, 4]

@@ -104,9 +104,14 @@ def test_slow_data_is_said_once_each_time(capsys):
 
 def test_standstill_is_said_with_stacks_and_ends_the_process(tmp_path):
     ended = threading.Event()
-    status = []
+    status: list[int] = []
+
+    def end(found: int) -> None:
+        status.append(found)
+        ended.set()
+
     with (tmp_path / "said").open("w+") as file:
-        watchdog = guards.Watchdog(0.2, lambda: "waiting for data", lambda s: (status.append(s), ended.set()), file)
+        watchdog = guards.Watchdog(0.2, lambda: "waiting for data", end, file)
         for _ in range(5):
             time.sleep(0.05)
             watchdog.beat()

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,14 @@ COMMAND = ("launch.train", "--config=configs/stage3.py:v5e-64", "--workdir=/mnt/
 
 
 def job(where="gke", machine="v5e-64", command=COMMAND, **changes):
-    given = {"zone": "ZONE", "project": "", "spot": True, "bucket": "BUCKET", "mount": "/mnt/rad", "image": "IMAGE"}
+    given: dict[str, Any] = {
+        "zone": "ZONE",
+        "project": "",
+        "spot": True,
+        "bucket": "BUCKET",
+        "mount": "/mnt/rad",
+        "image": "IMAGE",
+    }
     given |= {"account": "default", "python": ".venv/bin/python", **changes}
     return pod.Job(where, "rad", pod.Machine.find(machine), tuple(command), **given)
 

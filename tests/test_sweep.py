@@ -31,7 +31,7 @@ def test_stages_are_shared_between_arms_and_not_between_seeds(tmp_path):
     )
     assert len({file for files in found.predictions.values() for file in files}) == seeds * arms
     # Every base is made before it is used.
-    made = set()
+    made: set[str] = set()
     for step in found.steps:
         for word in flags_of(step):
             if word.startswith(("--base=", "--checkpoint=", "--data=")):

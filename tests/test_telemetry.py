@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_profile_of_some_steps(tmp_path):
 
 def test_rows_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
     """As their clients are called; that they are not needed is tested beside the guards."""
-    said = []
+    said: list[Any] = []
 
     class Writer:
         def __init__(self, folder):
@@ -106,9 +107,13 @@ def test_rows_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
         def log(self, row, step):
             said.append(("wandb", row, step))
 
+    def init(project, resume, **_):
+        said.append(("init", project, resume))
+        return Run()
+
     board, client = types.ModuleType("tensorboardX"), types.ModuleType("wandb")
     board.SummaryWriter = Writer  # type: ignore[attr-defined]
-    client.init = lambda **given: (said.append(("init", given["project"], given["resume"])), Run())[1]  # type: ignore[attr-defined]
+    client.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", board)
     monkeypatch.setitem(sys.modules, "wandb", client)
     row = {"step": 5, "loss": 1.5}
