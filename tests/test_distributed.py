@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,9 +32,9 @@ import ml_collections
 def get_config(name):
     return ml_collections.ConfigDict(json.loads(Path(__file__).with_name(f"{name}.json").read_text()))
 """
-# Runs a command whose process sends itself a signal when it asks for its sixth batch.
+# Runs a command whose process sends itself a signal when it asks for its sixth batch; with 0 it waits for that batch forever.
 VICTIM = """
-import os, runpy, sys
+import os, runpy, sys, time
 from rad_jax.runlog import RunLog
 
 number, sys.argv, after = int(sys.argv[1]), sys.argv[2:], 5
@@ -41,6 +42,9 @@ take = RunLog.fetch
 
 def fetch(self, batches):
     global after
+    if not after and not number:
+        with self._phases("data"):
+            time.sleep(10_000)
     if not after:
         os.kill(os.getpid(), number)
     after -= 1
@@ -271,6 +275,20 @@ def test_terminated_process_alone_saves_and_goes_on(training, jobs, tmp_path):
     assert checkpoint.load_run(tmp_path / "parts").step == 6
     assert "resumed at step 6 " in jobs.run(1, 1, "train", *arguments)[0]
     same_run(tmp_path / "parts", tmp_path / "whole", resumed=True)
+
+
+@pytest.mark.slow
+def test_loader_that_stalls_ends_the_run_to_be_started_again(training, jobs, tmp_path):
+    config = training.config("lm", steps=8, checkpoint_every=2)
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
+    jobs.run(1, 1, "train", *arguments, "--config.steps=8")  # compiles, so that it does not look like a stall
+    shutil.rmtree(tmp_path / "run")
+    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, "--stall_minutes=0.3", last=0))
+    assert ended.status == distributed.RESTART, ended.text
+    assert re.search(r"note: nothing has moved for \d+ s while waiting for data; all threads:", ended.text)
+    assert re.search(r"error: nothing has moved for \d+ s while waiting for data: ending, start again\.", ended.text)
+    assert re.search(r'File ".*/rad_jax/train.py", line \d+ in loop', ended.text)
+    assert "resumed at step 4 " in jobs.run(1, 1, "train", *arguments)[0]
 
 
 def test_flags_of_a_job(monkeypatch):

@@ -1,6 +1,8 @@
 """The loop: what a step changes and what it leaves alone, starting weights, schedule and optimizer, numbers it logs."""
 
 import math
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +172,34 @@ def test_step_whose_loss_is_no_number_changes_nothing(poisoned):
         strict=True,
     ):
         np.testing.assert_array_equal(old, np.asarray(new))
+
+
+class Slow:
+    """An iterator that takes so long for every batch."""
+
+    def __init__(self, batches, seconds):
+        self._batches, self._seconds = batches, seconds
+
+    def __next__(self):
+        time.sleep(self._seconds)
+        return next(self._batches)
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+@pytest.mark.slow
+def test_slow_data_is_said_and_measured(training, tmp_path, capsys, monkeypatch):
+    batches = type(training).batches
+    monkeypatch.setattr(type(training), "batches", lambda self, config: Slow(batches(self, config), 1.0))
+    training.run(training.config("lm", steps=4), tmp_path / "run")
+    assert re.search(
+        r"note: \d\d% of the time is waiting for data: raise --config.data.num_threads", capsys.readouterr().err
+    )
+    rows = metrics.read(tmp_path / "run")
+    assert all(0.9 < row["data_wait_s"] <= row["step_time_s"] for row in rows[1:])
+    events = metrics.lines(tmp_path / "run" / "starts.jsonl")
+    assert events[-1]["phases"]["data"] > 3.5
 
 
 LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped"}
