@@ -180,13 +180,16 @@ class Checkpointer:
 
 
 def sums(state: TrainState) -> list[int]:
-    """A number per array of its bits, whatever mesh it lies on: the sum of its 32-bit words. One flipped bit changes it."""
+    """A number per array of its bits, whatever mesh it lies on: the sum of its elements' bits modulo 2^32. One flipped bit changes it."""
     return [int(found) for found in jax.device_get(_sums(jax.tree.leaves(state)))]
 
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jax.lax.bitcast_convert_type(leaf, jnp.uint32).sum(dtype=jnp.uint32) for leaf in leaves]
+    def bits(leaf: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+
+    return [bits(leaf).sum(dtype=jnp.uint32) for leaf in leaves]
 
 
 def read_best(workdir: Path) -> dict[str, Any] | None:

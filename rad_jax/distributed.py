@@ -112,8 +112,8 @@ class Stop:
         """Notes SIGTERM from now on; in the main thread. Of a job, nothing is to be done: JAX listens."""
         if _joined():
             return
-        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(read, True)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
         # Python's own handlers wait until the main thread is back from C++, which may be minutes away when it compiles; this does not.
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: self._told.set())
