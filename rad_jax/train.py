@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -115,78 +115,74 @@ def run(
     Raises:
         UserError: another job has the folder, no checkpoint there can be used, or too many steps had to be skipped.
     """
-    beside = beside or Beside()
     optimizer = optim.optimizer(config.optimizer, config.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(guards.lock(workdir))
         guards.check_clock(workdir)
-        phases = goodput.Phases()
-        watchdog = stack.enter_context(contextlib.closing(guards.Watchdog(beside.stall_seconds, phases.doing)))
-        phases.moved = watchdog.beat
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)))
-        with phases("start"), beside.stop.at_once():
+        around = surrounded(config, workdir, mesh, corpus_fingerprint, beside or Beside(), stack)
+        with around.phases("start"), around.beside.stop.at_once():
             state, frozen = initial(config, task, optimizer, base, mesh)
-            state = resume(checkpoints, state, batches, corpus_fingerprint, workdir)
+            state = resume(around.checkpoints, state, batches, corpus_fingerprint, workdir)
             started(workdir, state, frozen, mesh)
         step = jitted_step(config, task, optimizer, state)
         updates = int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
-        log = stack.enter_context(
-            contextlib.closing(
-                RunLog(
-                    config, task.model.config, workdir, int(state.step), updates, phases, beside.names, beside.writers
-                )
-            )
+        log = RunLog(
+            config,
+            task.model.config,
+            workdir,
+            int(state.step),
+            updates,
+            around.phases,
+            around.beside.names,
+            around.beside.writers,
         )
-        with nn.logical_axis_rules(sharding.RULES):
-            last = loop(
-                config,
-                step,
-                state,
-                frozen,
-                batches,
-                corpus_fingerprint,
-                workdir,
-                mesh,
-                checkpoints,
-                phases,
-                log,
-                beside,
-            )
-        checkpoints.wait()
+        with contextlib.closing(log), nn.logical_axis_rules(sharding.RULES):
+            last = loop(config, step, state, frozen, batches, log, around)
+        around.checkpoints.wait()
         if distributed.first():
-            metrics.event(workdir, {"event": "end", "step": last, "phases": phases.seconds()})
+            metrics.event(workdir, {"event": "end", "step": last, "phases": around.phases.seconds()})
     finished = last >= config.steps
     if distributed.first() and finished:
         metrics.plot(workdir)
     return finished
 
 
-def loop(
-    config: Any,
-    step: Any,
-    state: TrainState,
-    frozen: Tree,
-    batches: Any,
-    corpus_fingerprint: str,
-    workdir: Path,
-    mesh: Mesh,
-    checkpoints: Checkpointer,
-    phases: goodput.Phases,
-    log: RunLog,
-    beside: Beside,
-) -> int:
+class Around(NamedTuple):
+    """What a run has around its steps."""
+
+    workdir: Path
+    mesh: Mesh
+    fingerprint: str
+    checkpoints: Checkpointer
+    phases: goodput.Phases
+    beside: Beside
+
+
+def surrounded(
+    config: Any, workdir: Path, mesh: Mesh, fingerprint: str, beside: Beside, stack: contextlib.ExitStack
+) -> Around:
+    """Checkpoints, phases and a watchdog that hears of every change of phase; `stack` closes them."""
+    phases = goodput.Phases()
+    watchdog = stack.enter_context(contextlib.closing(guards.Watchdog(beside.stall_seconds, phases.doing)))
+    phases.moved = watchdog.beat
+    checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)))
+    return Around(workdir, mesh, fingerprint, checkpoints, phases, beside)
+
+
+def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, log: RunLog, around: Around) -> int:
     """Steps from the state's until the last or until told to stop, and what belongs between them: rows, checkpoints, evaluations.
 
     Returns:
         The last step that was done; a checkpoint holds it.
     """
+    beside, checkpoints = around.beside, around.checkpoints
     number = first = int(state.step)
-    stops, profile, saved = False, telemetry.Profile(workdir, beside.profile), _now()
+    stops, profile, saved = False, telemetry.Profile(around.workdir, beside.profile), _now()
     for number in range(first + 1, config.steps + 1):
-        batch = sharding.place_batch(log.fetch(batches), mesh)
+        batch = sharding.place_batch(log.fetch(batches), around.mesh)
         if number == first + 1:
-            with phases("compile"), beside.stop.at_once():
+            with around.phases("compile"), beside.stop.at_once():
                 step = step.lower(state, frozen, batch).compile()
         profile.before(number)
         state, numbers = step(state, frozen, batch)
@@ -203,23 +199,22 @@ def loop(
         if saves or logs:
             log.due()
         if saves:
-            log.read()
+            log.read()  # before saving: too many skipped steps end the run here
             with log.aside("save"):
-                checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
+                checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": around.fingerprint})
             saved, stops = _now(), stops or beside.stop.reached()
         if evaluates and not stops:
             with log.aside("evaluate"), beside.stop.at_once(checkpoints.wait):
-                stops = not evaluate(number, state, frozen, checkpoints, workdir, beside)
+                stops = not evaluate(number, state, frozen, around)
         if stops:
             break
     profile.close()
     return number
 
 
-def evaluate(
-    number: int, state: TrainState, frozen: Tree, checkpoints: Checkpointer, workdir: Path, beside: Beside
-) -> bool:
+def evaluate(number: int, state: TrainState, frozen: Tree, around: Around) -> bool:
     """Scores the weights of a step that is saved, and keeps its checkpoint if none before was better; False when told to stop meanwhile."""
+    beside, checkpoints = around.beside, around.checkpoints
     assert beside.evaluate is not None
     row = beside.evaluate(state.trainable, frozen, beside.stop.reached)
     if row is None:
@@ -230,7 +225,7 @@ def evaluate(
     if better:
         checkpoints.keep_best({"step": number, **row})
     if distributed.first():
-        metrics.append(workdir / "evaluations.jsonl", {"step": number, "time": time.time(), **row})
+        metrics.append(around.workdir / "evaluations.jsonl", {"step": number, "time": time.time(), **row})
         told = "the best so far"
         if best is not None and not better:
             told = f"the best is {best['value']:.4f} at step {best['step']}"

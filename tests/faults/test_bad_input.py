@@ -166,7 +166,7 @@ def test_generate_with_a_run_that_cannot_write(chain, tiny_corpus, tmp_path):
     fails("cannot write findings of an image", "generate", f"--checkpoint={chain}/stage1", *arguments)
 
 
-def test_second_job_on_one_workdir(training, chain, tmp_path):
+def test_second_job_on_one_workdir(training, tmp_path):
     workdir, config = tmp_path / "lm", written_config(training, tmp_path, "lm", steps=8)
     arguments = [f"--config={config}", f"--data={training.corpus}", f"--workdir={workdir}"]
     workdir.mkdir()
