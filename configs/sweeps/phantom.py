@@ -13,7 +13,11 @@ ARMS = {
     "recipe": {},
     "adapters of rank 4": {"stage3": ("--config.model.lora.rank=4", "--config.model.lora.alpha=8.0")},
     "adapters of rank 64": {"stage3": ("--config.model.lora.rank=64", "--config.model.lora.alpha=128.0")},
-    "projector alone": {"stage3": (TRAINED + "('params/projector/.*','lora/.*/o/.*')",)},
+    # Stage 2 again, in the words and for the steps of stage 3.
+    "projector alone": {
+        "configs": {"stage3": "configs/phantom.py:stage2"},
+        "stage3": ("--config.data.template=v1", "--config.data.text_length=112", "--config.steps=850"),
+    },
     "every weight of the language model": {
         "stage3": (TRAINED + "('params/projector/.*','params/llm/.*','lora/.*')", "--config.optimizer.peak_lr=1e-3")
     },
