@@ -48,10 +48,10 @@ def page(found: Any, price: float | None) -> str:
     seconds, hours = found.left()
     for name in CURVES:
         values = [each[name] for each in found.rows]
-        lines.append(f"{name:12}{spark(values)}  {values[0]:.4g} to {values[-1]:.4g}")
+        lines.append(f"{name:14}{spark(values)}  {values[0]:.4g} to {values[-1]:.4g}")
     if found.evaluations:
         values = [each["value"] for each in found.evaluations]
-        lines.append(f"{found.evaluations[-1]['metric']:12}{spark(values)}  {values[0]:.4g} to {values[-1]:.4g}")
+        lines.append(f"{found.evaluations[-1]['metric']:14}{spark(values)}  {values[0]:.4g} to {values[-1]:.4g}")
     if found.best:
         best = found.best
         interval = f"[{best['low']:.4f}, {best['high']:.4f}]"
