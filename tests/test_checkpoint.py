@@ -268,6 +268,7 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(training, chain, 
     assert load_run(workdir).sha256 == load_run(chain / "lm").sha256
 
 
+@pytest.mark.slow
 def test_checkpoint_without_one_of_its_files_gives_way_too(training, chain, tmp_path, capsys):
     workdir = tmp_path / "lm"
     shutil.copytree(chain / "lm", workdir)

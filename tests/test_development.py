@@ -77,6 +77,7 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
     assert [said[number] for number in range(12)] == texts[-1]
 
 
+@pytest.mark.slow
 def test_it_is_broken_off_between_batches(training, made):
     config = training.config("stage3")
     develop, _ = made(config, training.mesh())

@@ -264,20 +264,6 @@ def test_run_goes_on_elsewhere(training, jobs, tmp_path, before, after):
 
 
 @pytest.mark.slow
-def test_terminated_process_alone_saves_and_goes_on(training, jobs, tmp_path):
-    """The same command again ends as a run that was not interrupted."""
-    config = training.config("lm", steps=8, checkpoint_every=100)
-    training.run(config, tmp_path / "whole")
-    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'parts'}"]
-    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, last=signal.SIGTERM))
-    assert ended.status == distributed.RESTART, ended.text
-    assert "saved and stopped, as it was told to (SIGTERM): start again to go on." in ended.text
-    assert checkpoint.load_run(tmp_path / "parts").step == 6
-    assert "resumed at step 6 " in jobs.run(1, 1, "train", *arguments)[0]
-    same_run(tmp_path / "parts", tmp_path / "whole", resumed=True)
-
-
-@pytest.mark.slow
 def test_loader_that_stalls_ends_the_run_to_be_started_again(training, jobs, tmp_path):
     config = training.config("lm", steps=8, checkpoint_every=2)
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
