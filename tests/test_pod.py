@@ -199,6 +199,26 @@ def test_entry_becomes_the_command(tmp_path):
     assert (tmp_path / "cache").is_dir()
 
 
+def executable(file, text):
+    file.write_text(f"#!/bin/bash\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.parametrize("answer", ["TRUE", "TERMINATE_ON_HOST_MAINTENANCE"])
+def test_notice_of_the_platform_becomes_sigterm(tmp_path, answer):
+    """A metadata server that says so, played by another curl."""
+    executable(
+        tmp_path / "curl", f'[[ "$*" == *{"preempted" if answer == "TRUE" else "maintenance-event"} ]] && echo {answer}'
+    )
+    python = executable(tmp_path / "python", "trap 'exit 42' TERM\nfor i in {1..300}; do sleep 0.1; done")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(python), "NOTICE": "gce"}
+    command = ["bash", str(ROOT / "launch/pods/run.sh"), "launch.train"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 42
+    assert "note: this machine will be taken away (" in done.stderr and answer in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 def test_images_are_made_from_the_locks(kind):
     """What the Dockerfiles read from the lock files is there, and they end in the one entry."""
