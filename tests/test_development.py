@@ -1,5 +1,8 @@
 """Findings written and scored while a model trains."""
 
+import types
+from typing import Any
+
 import pytest
 
 from data.phantom.parser import parse
@@ -54,8 +57,12 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
     best = checkpoint.read_best(tmp_path / "run")
     assert best is not None and best["value"] == max(row["value"] for row in rows)
 
-    values = command.flags.FlagValues()
-    options = {"checkpoint": str(tmp_path / "run"), "data": str(training.corpus), "split": "train", "limit": 12}
+    options: dict[str, Any] = {
+        "checkpoint": str(tmp_path / "run"),
+        "data": str(training.corpus),
+        "split": "train",
+        "limit": 12,
+    }
     options |= {
         "selection": "frontal",
         "max_new_tokens": 6,
@@ -65,10 +72,7 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
         "image": None,
     }
     options |= {"temperature": 0.0, "top_p": 1.0, "seed": 0, "dtype": None, "fsdp": 1, "tensor": 1}
-    for name, value in options.items():
-        values[name] = command.flags.Flag(command.flags.ArgumentParser(), None, name, value, "")
-    values.mark_as_parsed()
-    writer = command.Writer(values)
+    writer = command.Writer(types.SimpleNamespace(**options))
     said = {
         n: row["prediction"]
         for rows in writer.corpus(Corpus.open(training.corpus), 12, done=())
