@@ -42,7 +42,18 @@ def experiment(
             "seed": 42,
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
             "log_every": 10,
+            # A checkpoint after so many steps, and, where a row is logged, when the last is so many minutes old (0: by steps alone).
             "checkpoint_every": 1000,
+            "checkpoint_minutes": 10.0,
             "keep_checkpoints": 2,
+            # Findings written for the first so many studies of a split, so many at once, and scored every so many steps (0: never).
+            "evaluate": {
+                "every": 0,
+                "split": "validation",
+                "selection": "frontal",
+                "studies": 128,
+                "batch_size": 64,
+                "max_new_tokens": 256,
+            },
         }
     )

@@ -13,18 +13,25 @@ Two processes on one machine, with four fake devices each:
     COMMAND="$COMMAND --multihost --coordinator=localhost:9876 --num_processes=2"
     $COMMAND --process_id=0 & $COMMAND --process_id=1
 
-When a process ends, the others end within two minutes, with exit status 42, or 134 where JAX notices first. When one gets SIGTERM, as
-before a machine is taken away, all of them save and end with 42. Either way, start all of them again.
+Exit status 42 says: start again, with the same command. A process that gets SIGTERM, as before a machine is taken away, saves and ends with
+it, and so do all processes of its job; before the first step, and while evaluating, there is nothing to save. When a process of a job is
+killed, the others end within two minutes, with 42, or 134 where JAX notices first. So does a run in which nothing moves any more
+(--stall_minutes). Of what goes wrong, a run mends what it can and says so: a step whose loss is no number changes nothing and is listed in
+skipped.jsonl, a checkpoint that cannot be read is put aside for the one before.
+
+WORKDIR has config.json, metrics.jsonl, starts.jsonl, evaluations.jsonl, checkpoints/ and loss.png; `python -m launch.status WORKDIR` reads them.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from rad_jax import distributed, errors
+from rad_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/FILE.py or configs/FILE.py:VARIANT.")
 _DATA = flags.DEFINE_string("data", None, "Packed corpus (made by launch.pack).", required=True)
@@ -40,15 +47,37 @@ _DAMAGED = flags.DEFINE_enum(
     ["error", "count"],
     "Shards that are missing or damaged: stop, or count their rows as bad rows.",
 )
+_TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Write WORKDIR/tensorboard too (pip install tensorboardX).")
+_WANDB = flags.DEFINE_string("wandb", None, "Send rows to this project of Weights & Biases too (pip install wandb).")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Trace these steps, the first and the last: 10:12; into WORKDIR/profile."
+)
+_STALL = flags.DEFINE_float(
+    "stall_minutes", 10.0, "End with 42 when nothing moves for twice as long.", lower_bound=0.01
+)
 flags.mark_flag_as_required("config")
 distributed.define_flags()
 
 
 def main(_: Sequence[str]) -> int:
-    from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
+    from rad_jax import telemetry, train
 
     distributed.join()
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    stop, profile = distributed.Stop(), telemetry.steps_to_profile(_PROFILE.value)
+    stop.listen()
+    with stop.at_once():
+        arguments = prepared(_CONFIG.value, Path(_WORKDIR.value), stop, profile)
+    if train.run(*arguments):
+        return 0
+    if distributed.first():
+        print("saved and stopped, as it was told to (SIGTERM): start again to go on.", file=sys.stderr)
+    return distributed.RESTART
+
+
+def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[int, int] | None) -> tuple[Any, ...]:
+    """What `train.run` takes: everything is opened, and fits together."""
+    from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
+
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     tasks.adopt(config, bases)
     task = tasks.make_task(config)
@@ -79,13 +108,45 @@ def main(_: Sequence[str]) -> int:
         num_threads=config.data.num_threads,
         crop=config.data.get("crop", "centre"),
     )
+    source = corpus.source(config.data.split, config.data.selection)
+    beside = train.Beside(
+        stop=stop,
+        evaluate=evaluator(config, task, corpus, mesh),
+        names=lambda numbers: [named(source, number) for number in numbers],
+        writers=writers(workdir),
+        profile=profile,
+        stall_seconds=60 * _STALL.value,
+    )
     base = state.join(*(run.variables for run in bases))
-    finished = train.run(config, task, base, batches, data["fingerprint"], workdir, mesh)
-    if not finished and distributed.first():
-        print(
-            "saved and stopped, as a process was told to (SIGTERM): start all of them again to go on.", file=sys.stderr
-        )
-    return 0 if finished else distributed.RESTART
+    return config, task, base, batches, data["fingerprint"], workdir, mesh, beside
+
+
+def evaluator(config: Any, task: Any, corpus: Any, mesh: Any) -> Any:
+    """What scores the weights every `config.evaluate.every` steps; None for never."""
+    if not config.evaluate.every:
+        return None
+    from data.phantom.parser import parse
+    from evaluation.development import Development
+
+    return Development(config.evaluate, task.model, corpus, mesh, parse)
+
+
+def named(source: Any, number: int) -> str:
+    """A record's id, or that it cannot be read."""
+    try:
+        return source[number]["id"]
+    except UserError as error:
+        return str(error)
+
+
+def writers(workdir: Path) -> list[Callable[[Mapping[str, Any]], None]]:
+    """Who gets the rows of metrics.jsonl beside it."""
+    from rad_jax import metrics
+
+    if not distributed.first():
+        return []
+    chosen = [metrics.tensorboard(workdir)] if _TENSORBOARD.value else []
+    return [*chosen, metrics.wandb(workdir, _WANDB.value)] if _WANDB.value else chosen
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 Frozen weights are not copied: a run records the runs its base weights came from, with a hash of their content, and finds them there again.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
@@ -34,6 +38,8 @@ OPERATIONAL = (
     "config.num_micro",
     "config.log_every",
     "config.checkpoint_every",
+    "config.checkpoint_minutes",
+    "config.evaluate",
     "config.keep_checkpoints",
     "config.data.num_threads",
     *(
@@ -44,13 +50,31 @@ OPERATIONAL = (
 )
 
 
+@dataclasses.dataclass
+class _Keep(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest checkpoints, and the best one."""
+
+    latest: int
+    best: int | None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        oldest = len(checkpoints) - self.latest
+        return [place >= oldest or found.step == self.best for place, found in enumerate(checkpoints)]
+
+
 class Checkpointer:
-    """Saves and restores one run's `TrainState` and data position under WORKDIR/checkpoints; saving does not hold up the step."""
+    """Saves and restores one run's `TrainState` and data position under WORKDIR/checkpoints; saving does not hold up the step.
+
+    Attributes:
+        best: the row of best.json, with "step" and "value"; None before the first evaluation.
+    """
 
     def __init__(self, workdir: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=True
-        )
+        self._workdir = workdir
+        self.best = read_best(workdir)
+        self._keep = _Keep(keep, self.best["step"] if self.best else None)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
@@ -59,7 +83,7 @@ class Checkpointer:
         Raises:
             OSError: it would not fit on the disk. Looked at before, because a disk that fills up under Orbax ends in its tracebacks.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
         if shutil.disk_usage(self._manager.directory).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory))
@@ -69,15 +93,39 @@ class Checkpointer:
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(state.trainable),
                 rest=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(dict(data)),
+                data=ocp.args.JsonSave({**data, "sums": sums(state)}),
             ),
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint placed as `like` is (its values are not read), and the data position; None when there is none."""
-        step = self._manager.latest_step()
-        if step is None:
+        """The newest checkpoint that can be read, placed as `like` is (its values are not read), and the data position.
+
+        Those that cannot be read are moved to WORKDIR/damaged once another one could, and said. None when there are no checkpoints.
+
+        Raises:
+            UserError: there are some, and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                found = self._read(step, like)
+            except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+                damaged[step] = str(error).strip().split("\n")[0][:200]
+                if jax.process_count() > 1:  # the others may be waiting for what this one could not read
+                    self._leave_for(step, steps, damaged)
+                continue
+            self._put_aside(damaged, step)
+            return found
+        if not steps:
             return None
+        raise UserError(
+            f"none of the checkpoints in {self._manager.directory} can be read ({steps[0]}: {damaged[steps[0]]}): restore one from a copy, "
+            "or start in another --workdir."
+        )
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Raises ValueError, besides what Orbax raises, where arrays are not what was saved."""
         shapes: TrainState = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         rest = {"step": shapes.step, "rng": shapes.rng, "opt_state": shapes.opt_state}
         found = self._manager.restore(
@@ -88,12 +136,70 @@ class Checkpointer:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(trainable=found["trainable"], **found["rest"]), found["data"]
+        state, data = TrainState(trainable=found["trainable"], **found["rest"]), found["data"]
+        if "sums" in data and data.pop("sums") != sums(state):  # checkpoints of older versions have none
+            raise ValueError("its arrays are not those that were saved")
+        return state, data
+
+    def _put_aside(self, damaged: Mapping[int, str], step: int) -> None:
+        """Moves what could not be read out of the way; `step` could be."""
+        for bad, why in damaged.items():
+            if distributed.first():
+                self._move(bad, why, f"the run goes on from step {step}")
+        if damaged:
+            self._manager.reload()
+
+    def _leave_for(self, step: int, steps: Sequence[int], damaged: Mapping[int, str]) -> None:
+        """Of a job: moves a damaged checkpoint if there is another one, and ends all processes, to be started again."""
+        if step != steps[-1]:
+            self._move(step, damaged[step], "start again to go on from the one before")
+            distributed.leave(distributed.RESTART, grace=0)
+
+    def _move(self, step: int, why: str, then: str) -> None:
+        aside = self._workdir / "damaged" / f"{step}-{time.time_ns()}"
+        aside.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            (self._manager.directory / str(step)).rename(aside)
+        print(
+            f"note: checkpoint {step} of {self._workdir} cannot be read ({why}): it is moved to {aside}; {then}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def keep_best(self, row: Mapping[str, Any]) -> None:
+        """Keeps the checkpoint of `row["step"]`, which exists, until a better one is named; WORKDIR/best.json says which it is."""
+        self.best = dict(row)
+        self._keep.best = row["step"]
+        if distributed.first():
+            _write_whole(self._workdir / "best.json", json.dumps(self.best) + "\n")
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save under way."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+
+def sums(state: TrainState) -> list[int]:
+    """A number per array of its bits, whatever mesh it lies on: the sum of its elements' bits modulo 2^32. One flipped bit changes it."""
+    return [int(found) for found in jax.device_get(_sums(jax.tree.leaves(state)))]
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def bits(leaf: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+
+    return [bits(leaf).sum(dtype=jnp.uint32) for leaf in leaves]
+
+
+def read_best(workdir: Path) -> dict[str, Any] | None:
+    """The row of WORKDIR/best.json."""
+    file = workdir / "best.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +234,7 @@ class Run:
         """Raises UserError where there is none."""
         if self.tokenizer is None:
             raise UserError(f"{self.path} has no tokenizer: convert it again with --tokenizer=FOLDER_OR_FILE.")
-        return self.path / self.tokenizer["file"]
+        return _named(self.path)[0] / self.tokenizer["file"]
 
 
 def open_workdir(
@@ -191,9 +297,13 @@ def check_tokenizer(tokenizer: Path, bases: Sequence[Run]) -> None:
 
 def write_config(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes `config.json`, whole or not at all."""
-    temporary = folder / "config.tmp"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    temporary.rename(folder / "config.json")
+    _write_whole(folder / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.rename(file)
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -218,9 +328,13 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def load_run(path: Path) -> Run:
     """Reads a run's newest checkpoint, or a base, and under it the runs and bases it was made on.
 
+    Args:
+        path: of the run; RUN@best is its best checkpoint by evaluation, RUN@300 that of step 300.
+
     Raises:
-        UserError: no checkpoint, damaged weights, or a base that is missing or is no longer the one the run was trained on.
+        UserError: no such checkpoint, damaged weights, or a base that is missing or is no longer the one the run was trained on.
     """
+    path, wanted = _named(path)
     record = read_config(path)
     bases = []
     for reference in record["bases"]:
@@ -237,13 +351,35 @@ def load_run(path: Path) -> Run:
         content = base.manifest_hash(record["weights"])
         found = path.resolve(), record["config"], record["tokenizer"], 0, content, variables
         return Run(*found, source=record["source"], carried=carried, bases=tuple(bases))
+    step = _chosen(path, wanted)
+    own = read_trainable(path / "checkpoints" / str(step))
+    variables = join(*(under.variables for under in bases), own)
+    named = path.resolve()
+    if wanted:
+        named = named.with_name(f"{named.name}@{wanted}")
+    found = named, record["config"], record["tokenizer"], step, content_hash(own), variables
+    return Run(*found, bases=tuple(bases))
+
+
+def _named(path: Path) -> tuple[Path, str]:
+    """A run's folder and which of its checkpoints is meant: "" for the newest."""
+    name, at, wanted = path.name.rpartition("@")
+    return (path.with_name(name), wanted) if at and name and not path.exists() else (path, "")
+
+
+def _chosen(path: Path, wanted: str) -> int:
+    """The step of a run's checkpoint: the newest, the best, or one by its number."""
     steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
     if not steps:
         raise UserError(f"{path} has no finished checkpoint yet: run its training first.")
-    own = read_trainable(path / "checkpoints" / str(max(steps)))
-    variables = join(*(under.variables for under in bases), own)
-    found = path.resolve(), record["config"], record["tokenizer"], max(steps), content_hash(own), variables
-    return Run(*found, bases=tuple(bases))
+    if not wanted:
+        return max(steps)
+    best = read_best(path)
+    step = best["step"] if wanted == "best" and best else int(wanted) if wanted.isdecimal() else -1
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) + (f", best ({best['step']})" if best else "")
+        raise UserError(f"{path} has no checkpoint {wanted!r}: there are {there}.")
+    return step
 
 
 def read_trainable(checkpoint: Path) -> Tree:

@@ -1,11 +1,15 @@
-"""Several processes as one job: how a process joins it, waits for the others, and ends when another has ended."""
+"""Several processes as one job: how a process joins it, waits for the others, is told to stop, and ends when another has ended."""
 
+import contextlib
 import faulthandler
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 
 from rad_jax.errors import UserError
 
@@ -91,14 +95,71 @@ def agree(found: str) -> None:
             ) from None
 
 
-def told_to_stop(step: int) -> bool:
-    """Whether all processes are to save and stop after this step, since one of them got SIGTERM.
+class Stop:
+    """Whether this job was told to stop, by SIGTERM to any of its processes, as before a machine is taken away.
 
-    For jobs alone: a single process dies of SIGTERM. Every process must ask after every step, with the same numbers.
+    Of several processes JAX notes the signal, and has all of them learn of it at the same question. A process alone notes it itself, once
+    it listens; until then it dies of SIGTERM.
     """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._told = threading.Event()
+        self._leaving = threading.Lock()
+        self._before: Callable[[], None] | None = None
+
+    def listen(self) -> None:
+        """Notes SIGTERM from now on; in the main thread. Of a job, nothing is to be done: JAX listens."""
+        if _joined():
+            return
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        # Python's own handlers wait until the main thread is back from C++, which may be minutes away when it compiles; this does not.
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+        threading.Thread(target=self._wait, args=(read,), name="stop", daemon=True).start()
+
+    def reached(self) -> bool:
+        """Whether to save and stop now. Every process of a job must ask equally often, at the same points."""
+        from jax.experimental import multihost_utils
+
+        if not _joined():
+            return self._told.is_set()
+        self._asked += 1
+        return self._told.is_set() or multihost_utils.reached_preemption_sync_point(self._asked)
+
+    @contextlib.contextmanager
+    def at_once(self, before: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """A stretch in which nothing is lost by stopping: a process alone that is told to ends right there, after `before`, with RESTART."""
+        self._before = before
+        try:
+            if self._told.is_set() and not _joined():
+                self._leave()
+            yield
+        finally:
+            with self._leaving:  # once it leaves, it does not go on
+                self._before = None
+
+    def _wait(self, read: int) -> None:
+        while number := os.read(read, 1):
+            if number[0] == signal.SIGTERM:
+                self._told.set()
+                self._leave()
+
+    def _leave(self) -> None:
+        with self._leaving:
+            if self._before is not None:
+                self._before()
+                print("told to stop (SIGTERM): start again to go on.", file=sys.stderr, flush=True)
+                os._exit(RESTART)
+
+
+def of_first(value: float) -> float:
+    """Process 0's number, in every process: what depends on its clock must not be decided by each for itself."""
+    import jax
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    return float(multihost_utils.broadcast_one_to_all(value)) if jax.process_count() > 1 else value
 
 
 def end(error: BaseException) -> None:

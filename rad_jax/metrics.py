@@ -3,11 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from rad_jax.errors import UserError
 
 
 class Progress:
@@ -53,12 +56,26 @@ def _append(file: Path) -> TextIO:
     return file.open("a")
 
 
+def append(file: Path, row: Mapping[str, Any]) -> None:
+    """Adds one JSON line to a file of few lines."""
+    with _append(file) as opened:
+        opened.write(json.dumps(dict(row)) + "\n")
+
+
+def event(workdir: Path, row: Mapping[str, Any]) -> None:
+    """A line of starts.jsonl, with the time: a process has started, or ended in order. Written by process 0."""
+    append(workdir / "starts.jsonl", {"time": time.time(), **row})
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; of a step that was logged twice (before and after a resume) the later one."""
-    file = workdir / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return list({row["step"]: row for row in rows}.values())
+    return list({row["step"]: row for row in lines(workdir / "metrics.jsonl")}.values())
 
 
 def plot(workdir: Path) -> None:
@@ -75,3 +92,40 @@ def plot(workdir: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(workdir / "loss.png", dpi=120)
     plt.close(figure)
+
+
+def tensorboard(workdir: Path) -> Callable[[Mapping[str, Any]], None]:
+    """Writes rows for TensorBoard under WORKDIR/tensorboard.
+
+    Raises:
+        UserError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs a package that is not here: pip install tensorboardX, or leave it out."
+        ) from None
+    writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
+
+
+def wandb(workdir: Path, project: str) -> Callable[[Mapping[str, Any]], None]:
+    """Sends rows to Weights & Biases; restarts of a run go on in the same one there.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    try:
+        import wandb as client
+    except ImportError:
+        raise UserError("--wandb needs a package that is not here: pip install wandb, or leave it out.") from None
+    run = client.init(project=project, name=workdir.name, id=workdir.name, resume="allow", dir=str(workdir))
+    return lambda row: run.log(dict(row), step=row["step"])

@@ -1,9 +1,9 @@
 """The training loop, one for all stages: what is learned is decided by the task and by which variables train, both from the config."""
 
 import contextlib
-import functools
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,35 +15,40 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh
 
-from rad_jax import distributed, metrics, optim, quantise, sharding
+from rad_jax import distributed, goodput, guards, metrics, optim, quantise, sharding, telemetry
 from rad_jax.checkpoint import Checkpointer
 from rad_jax.errors import UserError
+from rad_jax.runlog import Row, RunLog
 from rad_jax.state import TrainState, Tree, select, split, table
 
 Batch = Mapping[str, Any]
+_now = time.monotonic
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the train step
 
 
 def make_step(task: Any, optimizer: optax.GradientTransformation, num_micro: int) -> Callable[..., Any]:
-    """The train step: (state, frozen, batch) -> (state, metrics). Frozen weights are an argument and nothing more: no gradient is taken."""
+    """The train step: (state, frozen, batch) -> (state, metrics). Frozen weights are an argument and nothing more: no gradient is taken.
+
+    Where the loss or a gradient is no number, weights and optimizer stay as they are, and the metric `skipped` is true.
+    """
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         result = task.value_and_grad(state.trainable, frozen, batch, rng, num_micro)
         weight = jnp.maximum(result.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, result.grads)
+        loss, norm = result.loss_sum / weight, optax.tree.norm(grads)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        new = TrainState(
-            step=state.step + 1,
-            rng=state.rng,
-            trainable=optax.apply_updates(state.trainable, updates),
-            opt_state=opt_state,
+        changed = optax.apply_updates(state.trainable, updates), opt_state
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), changed, (state.trainable, state.opt_state)
         )
+        new = TrainState(step=state.step + 1, rng=state.rng, trainable=trainable, opt_state=opt_state)
         numbers = {name: value / weight for name, value in result.metrics.items()}
-        numbers |= {"loss": result.loss_sum / weight, "grad_norm": optax.tree.norm(grads)}
-        return new, numbers
+        return new, numbers | {"loss": loss, "grad_norm": norm, "skipped": ~sound}
 
     return step
 
@@ -58,7 +63,38 @@ def jitted_step(config: Any, task: Any, optimizer: optax.GradientTransformation,
 # ----------------------------------------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: str, workdir: Path, mesh: Mesh) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a run does beside learning; none of it changes what is learned.
+
+    Attributes:
+        stop: whether to save and stop.
+        evaluate: gets the trained weights, the frozen ones, and what to ask between batches whether to break off. Gives a row with
+            "metric", its "value", the ends "low" and "high" of its interval, and whatever else; None when broken off.
+        names: ids of records by their row numbers.
+        writers: get every row of metrics.jsonl, in process 0.
+        profile: first and last step to trace.
+        stall_seconds: without any movement, after which stacks are dumped; after twice as long the process ends.
+    """
+
+    stop: distributed.Stop = dataclasses.field(default_factory=distributed.Stop)
+    evaluate: Callable[[Tree, Tree, Callable[[], bool]], Row | None] | None = None
+    names: Callable[[Sequence[int]], list[str]] = lambda numbers: [str(number) for number in numbers]
+    writers: Sequence[Callable[[Row], None]] = ()
+    profile: tuple[int, int] | None = None
+    stall_seconds: float = 600.0
+
+
+def run(
+    config: Any,
+    task: Any,
+    base: Tree,
+    batches: Any,
+    corpus_fingerprint: str,
+    workdir: Path,
+    mesh: Mesh,
+    beside: Beside | None = None,
+) -> bool:
     """Trains until `config.steps`; run again, it goes on from the newest checkpoint.
 
     When a process of the job is told to stop (SIGTERM), all of them save and return.
@@ -69,61 +105,155 @@ def run(config: Any, task: Any, base: Tree, batches: Any, corpus_fingerprint: st
         base: weights to start from (numpy), by path; may be empty.
         batches: endless iterator over this process's batches, with get_state and set_state.
         corpus_fingerprint: of the data; a checkpoint made with other data is refused.
-        workdir: where metrics.jsonl, checkpoints/ and loss.png go.
+        workdir: where metrics.jsonl, starts.jsonl, checkpoints/ and loss.png go.
         mesh: the devices.
+        beside: what else it does.
 
     Returns:
         Whether the run is finished.
+
+    Raises:
+        UserError: another job has the folder, no checkpoint there can be used, or too many steps had to be skipped.
     """
     optimizer = optim.optimizer(config.optimizer, config.steps)
-    rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
-    # All rates at once: asked for step by step, they would queue behind the steps.
-    rates = np.asarray(rate(np.arange(config.steps)))
-    with jax.set_mesh(mesh), contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)) as checkpoints:
-        state, frozen = initial(config, task, optimizer, base, mesh)
-        state = resume(checkpoints, state, batches, corpus_fingerprint, workdir)
-        first = int(state.step)
-        if jax.process_index() == 0:
-            print(table(state.trainable, frozen))
-            begins = f"resumed at step {first}" if first else "starting at step 0"
-            print(f"{begins} on {dict(mesh.shape)}, processes: {jax.process_count()}", flush=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(guards.lock(workdir))
+        guards.check_clock(workdir)
+        stack.enter_context(jax.set_mesh(mesh))
+        around = surrounded(config, workdir, mesh, corpus_fingerprint, beside or Beside(), stack)
+        with around.phases("start"), around.beside.stop.at_once():
+            state, frozen = initial(config, task, optimizer, base, mesh)
+            state = resume(around.checkpoints, state, batches, corpus_fingerprint, workdir)
+            started(workdir, state, frozen, mesh)
         step = jitted_step(config, task, optimizer, state)
-        progress = metrics.Progress(workdir, config.steps, first, workdir.name, jax.process_index() == 0)
-        meter = Meter(task.model.config.image_tokens)
-        logged: tuple[int, Any, Span] | None = None
-        stops = False
-        with nn.logical_axis_rules(sharding.RULES):
-            for number in range(first + 1, config.steps + 1):
-                batch = sharding.place_batch(meter.next(batches), mesh)
-                state, numbers = step(state, frozen, batch)
-                meter.count(batch)
-                progress.step()
-                if logged is not None:  # read one step late: the device has the next one to do meanwhile
-                    log(progress, meter, rates, *logged)
-                stops = distributed.told_to_stop(number)
-                saves = stops or number % config.checkpoint_every == 0 or number == config.steps
-                logs = saves or number % config.log_every == 0 or number == 1
-                logged = (number, numbers, meter.take()) if logs else None
-                if saves and logged is not None:
-                    # Read before saving, so that no checkpoint holds weights that are no numbers.
-                    log(progress, meter, rates, *logged)
-                    logged = None
-                    checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": corpus_fingerprint})
-                if stops:
-                    break
-        progress.close()
-    if jax.process_index() == 0:
+        updates = int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+        log = RunLog(
+            config,
+            task.model.config,
+            workdir,
+            int(state.step),
+            updates,
+            around.phases,
+            around.beside.names,
+            around.beside.writers,
+        )
+        with contextlib.closing(log), nn.logical_axis_rules(sharding.RULES):
+            last = loop(config, step, state, frozen, batches, log, around)
+        around.checkpoints.wait()
+        if distributed.first():
+            metrics.event(workdir, {"event": "end", "step": last, "phases": around.phases.seconds()})
+    finished = last >= config.steps
+    if distributed.first() and finished:
         metrics.plot(workdir)
-    return not stops
+    return finished
+
+
+class Around(NamedTuple):
+    """What a run has around its steps."""
+
+    workdir: Path
+    mesh: Mesh
+    fingerprint: str
+    checkpoints: Checkpointer
+    phases: goodput.Phases
+    beside: Beside
+
+
+def surrounded(
+    config: Any, workdir: Path, mesh: Mesh, fingerprint: str, beside: Beside, stack: contextlib.ExitStack
+) -> Around:
+    """Checkpoints, phases and a watchdog that hears of every change of phase; `stack` closes them."""
+    phases = goodput.Phases()
+    watchdog = stack.enter_context(contextlib.closing(guards.Watchdog(beside.stall_seconds, phases.doing)))
+    phases.moved = watchdog.beat
+    checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)))
+    return Around(workdir, mesh, fingerprint, checkpoints, phases, beside)
+
+
+def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, log: RunLog, around: Around) -> int:
+    """Steps from the state's until the last or until told to stop, and what belongs between them: rows, checkpoints, evaluations.
+
+    Returns:
+        The last step that was done; a checkpoint holds it.
+    """
+    beside, checkpoints = around.beside, around.checkpoints
+    number = first = int(state.step)
+    stops, profile, saved = False, telemetry.Profile(around.workdir, beside.profile), _now()
+    for number in range(first + 1, config.steps + 1):
+        batch = sharding.place_batch(log.fetch(batches), around.mesh)
+        if number == first + 1:
+            with around.phases("compile"), beside.stop.at_once():
+                step = step.lower(state, frozen, batch).compile()
+        profile.before(number)
+        state, numbers = step(state, frozen, batch)
+        log.add(number, numbers, batch)
+        log.read()  # the steps that ended before this one: the device has it to do meanwhile
+        profile.after(number, numbers)
+        stops = beside.stop.reached()
+        last = number == config.steps
+        evaluates = beside.evaluate is not None and (last or number % config.evaluate.every == 0)
+        logs = number % config.log_every == 0 or number == 1
+        saves = stops or evaluates or last or number % config.checkpoint_every == 0
+        if logs and config.checkpoint_minutes:  # all processes ask, and the first one's clock says
+            saves |= distributed.of_first(_now() - saved) > 60 * config.checkpoint_minutes
+        if saves or logs:
+            log.due()
+        if saves:
+            log.read()  # before saving: too many skipped steps end the run here
+            with log.aside("save"):
+                checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": around.fingerprint})
+            saved, stops = _now(), stops or beside.stop.reached()
+        if evaluates and not stops:
+            with log.aside("evaluate"), beside.stop.at_once(checkpoints.wait):
+                stops = not evaluate(number, state, frozen, around)
+        if stops:
+            break
+    profile.close()
+    return number
+
+
+def evaluate(number: int, state: TrainState, frozen: Tree, around: Around) -> bool:
+    """Scores the weights of a step that is saved, and keeps its checkpoint if none before was better; False when told to stop meanwhile."""
+    beside, checkpoints = around.beside, around.checkpoints
+    assert beside.evaluate is not None
+    row = beside.evaluate(state.trainable, frozen, beside.stop.reached)
+    if row is None:
+        return False
+    shown = f"{row['metric']} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] at step {number}"
+    best = checkpoints.best
+    better = best is None or row["value"] > best["value"]
+    if better:
+        checkpoints.keep_best({"step": number, **row})
+    if distributed.first():
+        metrics.append(around.workdir / "evaluations.jsonl", {"step": number, "time": time.time(), **row})
+        told = "the best so far"
+        if best is not None and not better:
+            told = f"the best is {best['value']:.4f} at step {best['step']}"
+        if best is not None and row["low"] <= best["value"] <= row["high"]:
+            told += ", within its interval"
+        guards.say(f"{shown}; {told}.")
+    return True
+
+
+def started(workdir: Path, state: TrainState, frozen: Tree, mesh: Mesh) -> None:
+    """Tells people, and starts.jsonl, where a run begins and on what."""
+    first, device = int(state.step), mesh.devices.flat[0]
+    if not distributed.first():
+        return
+    print(table(state.trainable, frozen))
+    begins = f"resumed at step {first}" if first else "starting at step 0"
+    print(f"{begins} on {dict(mesh.shape)}, processes: {jax.process_count()}", flush=True)
+    where = {"devices": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
+    metrics.event(workdir, {"event": "start", "step": first, **where})
 
 
 def resume(
     checkpoints: Checkpointer, state: TrainState, batches: Any, corpus_fingerprint: str, workdir: Path
 ) -> TrainState:
-    """The newest checkpoint's state, and `batches` set to go on where it was; `state` itself where there is none.
+    """The newest checkpoint's state that can be read, and `batches` set to go on where it was; `state` itself where there is none.
 
     Raises:
-        UserError: the checkpoint was made with other data.
+        UserError: the checkpoint was made with other data, or there are some and none can be read.
     """
     restored = checkpoints.restore(state)
     if restored is None:
@@ -133,20 +263,6 @@ def resume(
         raise UserError(f"{workdir} was trained on another corpus: give that one in --data, or another --workdir.")
     batches.set_state(position["batches"])
     return state
-
-
-def log(
-    progress: metrics.Progress, meter: "Meter", rates: np.ndarray, number: int, numbers: Mapping[str, Any], span: "Span"
-) -> None:
-    """Waits for the numbers of a step and writes them.
-
-    Raises:
-        UserError: the loss or its gradient is no number.
-    """
-    values = {name: float(value) for name, value in jax.device_get(numbers).items()}
-    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-        raise UserError(f"the loss is {values['loss']} at step {number}: lower optimizer.peak_lr.")
-    progress.log({"step": number, "lr": float(rates[number - 1]), **values, **meter.read(span)})
 
 
 def initial(
@@ -234,66 +350,3 @@ def _moment_shardings(trainable: Tree, optimizer: optax.GradientTransformation, 
     return optax.tree.map_params(
         optimizer, lambda _, leaf: leaf.sharding, shapes, trainable, transform_non_params=lambda _: whole
     )
-
-
-class Span(NamedTuple):
-    """Some steps: how many, seconds waited for their data, what was counted in their batches (still on the device)."""
-
-    steps: int
-    waited: float
-    counts: list[dict[str, jax.Array]]
-
-
-class Meter:
-    """Counts what is in the batches, over all processes, and the time between two readings."""
-
-    def __init__(self, image_tokens: int):
-        self._count = jax.jit(functools.partial(count, image_tokens))
-        self._bad_rows = self._truncated = 0
-        self._since = time.perf_counter()
-        self._restart()
-
-    def next(self, batches: Iterator[Batch]) -> Batch:
-        before = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - before
-        return batch
-
-    def count(self, batch: Batch) -> None:
-        """Counts a global batch; does not wait for the device."""
-        self._counts.append(self._count(dict(batch)))
-
-    def take(self) -> Span:
-        """The steps since it was last called."""
-        span = Span(len(self._counts), self._waited, self._counts)
-        self._restart()
-        return span
-
-    def read(self, span: Span) -> dict[str, float]:
-        """Seconds, seconds waited for data, tokens per second, each per step of the span; rows without weight, and rows cut, so far."""
-        counts = jax.device_get(span.counts)
-        self._bad_rows += sum(int(found["bad_rows"]) for found in counts)
-        self._truncated += sum(int(found["truncated_rows"]) for found in counts)
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        return {
-            "step_time_s": seconds / span.steps,
-            "data_wait_s": span.waited / span.steps,
-            "tokens_per_s": sum(int(found["tokens"]) for found in counts) / seconds,
-            "bad_rows": self._bad_rows,
-            "truncated_rows": self._truncated,
-        }
-
-    def _restart(self) -> None:
-        self._waited = 0.0
-        self._counts: list[dict[str, jax.Array]] = []
-
-
-def count(image_tokens: int, batch: Batch) -> dict[str, jax.Array]:
-    """Tokens without padding, rows without weight and rows that were cut, of a batch."""
-    images = image_tokens * len(batch["length"]) * ("image" in batch)
-    return {
-        "tokens": batch["length"].sum() + images,
-        "bad_rows": (batch["weight"] == 0).sum(),
-        "truncated_rows": batch["truncated"].sum(),
-    }

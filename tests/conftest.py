@@ -94,7 +94,7 @@ class Training:
         task, model, trainable, template, length, targets = stages[stage]
         data = {"template": template, "text_length": length, "target_length": targets}
         config = common.experiment(task, model, trainable, data, steps=4, batch_size=8)
-        config.update({"log_every": 1, "checkpoint_every": 2, **changes})
+        config.update({"log_every": 1, "checkpoint_every": 2, "checkpoint_minutes": 0.0, **changes})
         return config
 
     def batches(self, config: Any) -> Any:
@@ -173,7 +173,14 @@ class Training:
         return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def run(
-        self, config: Any, workdir: Path, bases: tuple[Path, ...] = (), *, stop: int | None = None, mesh: Any = None
+        self,
+        config: Any,
+        workdir: Path,
+        bases: tuple[Path, ...] = (),
+        *,
+        stop: int | None = None,
+        mesh: Any = None,
+        beside: Any = None,
     ) -> None:
         """Trains; with `stop`, as if killed after that many batches."""
         from rad_jax import checkpoint, state, tasks, train
@@ -187,7 +194,7 @@ class Training:
         if stop is not None:
             batches = Interrupted(batches, stop)
         task = tasks.make_task(config)
-        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh())
+        train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh(), beside)
 
 
 class Interrupted:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,15 @@ def test_interrupted_run_ends_as_one_that_was_not(training, tmp_path, stage):
     whole, parts = (newest(training, config, tmp_path / name, mesh) for name in ("whole", "parts"))
     same(whole[0], parts[0])
     assert whole[1] == parts[1]
-    timed = {
-        "step_time_s",
-        "data_wait_s",
-        "tokens_per_s",
-        "bad_rows",
-        "truncated_rows",
-    }  # of the process, not of the run
-    rows = [
-        [{k: v for k, v in row.items() if k not in timed} for row in metrics.read(tmp_path / n)]
-        for n in ("whole", "parts")
-    ]
+    learned = (
+        "step",
+        "lr",
+        "loss",
+        "accuracy",
+        "grad_norm",
+        "skipped",
+    )  # the others are of the process, not of the run
+    rows = [[{k: row.get(k) for k in learned} for row in metrics.read(tmp_path / n)] for n in ("whole", "parts")]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 8
 
@@ -243,3 +242,126 @@ def test_content_hash_sees_names_shapes_and_values():
 def test_only_the_newest_checkpoints_are_kept(training, tmp_path: Path):
     training.run(training.config("lm", steps=6, keep_checkpoints=1), tmp_path / "run")
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["6"]
+
+
+def spoil(checkpoint_folder: Path) -> None:
+    """Flips one bit in the middle of the largest file of the trained weights."""
+    file = max(
+        (checkpoint_folder / "trainable").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(training, chain, tmp_path, capsys):
+    """Said, moved aside, and the run ends as if nothing had been."""
+    workdir = tmp_path / "lm"
+    shutil.copytree(chain / "lm", workdir)
+    spoil(workdir / "checkpoints" / "4")
+    training.run(training.config("lm"), workdir)
+    out, err = capsys.readouterr()
+    assert "resumed at step 2 " in out
+    said = r"note: checkpoint 4 of .*lm cannot be read \(.+\): it is moved to .*damaged/4-\d+; the run goes on from step 2\."
+    assert re.search(said, err)
+    assert len(os.listdir(workdir / "damaged")) == 1
+    assert load_run(workdir).sha256 == load_run(chain / "lm").sha256
+
+
+@pytest.mark.slow
+def test_checkpoint_without_one_of_its_files_gives_way_too(training, chain, tmp_path, capsys):
+    workdir = tmp_path / "lm"
+    shutil.copytree(chain / "lm", workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4" / "rest")
+    training.run(training.config("lm"), workdir)
+    assert "resumed at step 2 " in capsys.readouterr().out
+
+
+def test_run_with_no_checkpoint_that_can_be_read_does_not_begin_anew(training, chain, tmp_path):
+    workdir = tmp_path / "lm"
+    shutil.copytree(chain / "lm", workdir)
+    for step in ("2", "4"):
+        spoil(workdir / "checkpoints" / step)
+    with pytest.raises(
+        UserError, match=r"none of the checkpoints in .*lm/checkpoints can be read \(4: .*restore one from"
+    ):
+        training.run(training.config("lm"), workdir)
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]  # nothing is moved
+
+
+def test_sums_of_bits_are_the_same_on_every_mesh_and_see_one_bit(training, chain):
+    config = training.config("lm")
+    one, eight = (newest(training, config, chain / "lm", training.mesh(*m))[0] for m in ((1, 1, 1), (2, 2, 2)))
+    assert checkpoint.sums(one) == checkpoint.sums(eight)
+    leaves, tree = jax.tree.flatten(one)
+    words = np.array(leaves[-1]).view(np.uint32)
+    words.flat[0] ^= 1
+    leaves[-1] = words.view(np.asarray(leaves[-1]).dtype)
+    assert checkpoint.sums(jax.tree.unflatten(tree, leaves)) != checkpoint.sums(one)
+
+
+def test_best_checkpoint_is_kept_and_can_be_named(training, tmp_path, capsys):
+    """Scores 0.5, 0.9, 0.7, 0.8 at steps 1 to 4: the second stays beside the newest, also over a restart."""
+    scores = iter([0.5, 0.9, 0.7, 0.8, 0.6])
+    seen = []
+
+    def evaluate(trainable, frozen, stopped):
+        assert not stopped()
+        seen.append(float(jax.tree.leaves(trainable)[0].sum()))
+        value = next(scores)
+        return {"metric": "f1", "value": value, "low": value - 0.15, "high": value + 0.05}
+
+    workdir = tmp_path / "run"
+    config = training.config("lm", steps=4, keep_checkpoints=1)
+    config.evaluate.every = 1
+    training.run(config, workdir, beside=train.Beside(evaluate=evaluate))
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
+    err = capsys.readouterr().err
+    assert "note: f1 0.9000 [0.7500, 0.9500] at step 2; the best so far." in err
+    assert "note: f1 0.7000 [0.5500, 0.7500] at step 3; the best is 0.9000 at step 2." in err
+    assert "at step 4; the best is 0.9000 at step 2" in err
+    best = load_run(tmp_path / "run@best")
+    assert (best.step, load_run(workdir).step) == (2, 4)
+    assert len(set(seen)) == 4
+    assert [row["step"] for row in metrics.lines(workdir / "evaluations.jsonl")] == [1, 2, 3, 4]
+    assert load_run(tmp_path / "run@4").sha256 == load_run(workdir).sha256
+    for wanted in ("3", "worst"):
+        with pytest.raises(UserError, match=rf"has no checkpoint '{wanted}': there are 2, 4, best \(2\)"):
+            load_run(tmp_path / f"run@{wanted}")
+    # A run on the best one finds it again, and its tokenizer.
+    training.run(training.config("lm", steps=1, seed=3), tmp_path / "after", (tmp_path / "run@best",))
+    (under,) = load_run(tmp_path / "after").bases
+    assert under.sha256 == best.sha256 and under.tokenizer_file.is_file()
+
+
+def test_evaluation_that_is_broken_off_stops_the_run_which_is_saved(training, tmp_path):
+    config = training.config("lm", steps=4, checkpoint_every=100)
+    config.evaluate.every = 2
+    training.run(config, tmp_path / "run", beside=train.Beside(evaluate=lambda *_: None))
+    assert load_run(tmp_path / "run").step == 2
+    assert not (tmp_path / "run" / "best.json").exists()
+
+
+def test_checkpoint_by_time(training, tmp_path, monkeypatch):
+    """A loop whose clock moves on by 50 s a step: with one and a half minutes, every other step is saved."""
+    now = iter(range(0, 10**6, 50))
+    monkeypatch.setattr(train, "_now", lambda: float(next(now)))
+    config = training.config("lm", steps=6, checkpoint_every=100, checkpoint_minutes=1.5, keep_checkpoints=9)
+    training.run(config, tmp_path / "run")
+    steps = sorted(map(int, os.listdir(tmp_path / "run" / "checkpoints")))
+    assert steps == [2, 4, 6]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_saves(training, tmp_path, monkeypatch):
+    """From the 10th save to the 50th, resident memory."""
+    sizes, save = [], Checkpointer.save
+
+    def measured(self, state, data):
+        save(self, state, data)
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    monkeypatch.setattr(Checkpointer, "save", measured)
+    training.run(training.config("lm", steps=50, checkpoint_every=1), tmp_path / "run")
+    assert len(sizes) == 50
+    assert sizes[49] - sizes[9] < 32 * 2**20, [size // 2**20 for size in sizes]

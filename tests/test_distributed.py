@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,22 +32,25 @@ import ml_collections
 def get_config(name):
     return ml_collections.ConfigDict(json.loads(Path(__file__).with_name(f"{name}.json").read_text()))
 """
-# Runs a command whose process sends itself a signal when it asks for its sixth batch.
+# Runs a command whose process sends itself a signal when it asks for its sixth batch; with 0 it waits for that batch forever.
 VICTIM = """
-import os, runpy, sys
-from rad_jax import train
+import os, runpy, sys, time
+from rad_jax.runlog import RunLog
 
 number, sys.argv, after = int(sys.argv[1]), sys.argv[2:], 5
-take = train.Meter.next
+take = RunLog.fetch
 
-def next_(self, batches):
+def fetch(self, batches):
     global after
+    if not after and not number:
+        with self._phases("data"):
+            time.sleep(10_000)
     if not after:
         os.kill(os.getpid(), number)
     after -= 1
     return take(self, batches)
 
-train.Meter.next = next_
+RunLog.fetch = fetch
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
@@ -238,6 +242,39 @@ def test_terminated_process_makes_the_job_save_and_stop(training, jobs, tmp_path
     run = checkpoint.load_run(tmp_path / "run")
     assert 5 < run.step < 100_000
     assert metrics.read(tmp_path / "run")[-1]["step"] == run.step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, 2, 2), (1, (1, 2, 1))), ((2, 2, 2), (2, (2, 4, 1))), ((1, 1, 1), (2, (2, 1, 1)))],
+    ids=["8 devices to 2", "8 devices to 2 processes of 4", "1 process to 2"],
+)
+def test_run_goes_on_elsewhere(training, jobs, tmp_path, before, after):
+    """Stopped after step 4 of 8 and gone on with on other devices, it learns what it would have learned: rows and weights."""
+    config = training.config("lm", steps=8)
+    training.run(config, tmp_path / "whole", mesh=training.mesh(*before))
+    with pytest.raises(KeyboardInterrupt):
+        training.run(config, tmp_path / "moved", stop=4, mesh=training.mesh(*before))
+    processes, mesh = after
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'moved'}"]
+    text = jobs.run(processes, mesh[0] * mesh[1] * mesh[2] // processes, "train", *arguments, *mesh_flags(*mesh))[0]
+    assert "resumed at step 4 " in text
+    same_run(tmp_path / "moved", tmp_path / "whole", resumed=True)
+
+
+@pytest.mark.slow
+def test_loader_that_stalls_ends_the_run_to_be_started_again(training, jobs, tmp_path):
+    config = training.config("lm", steps=8, checkpoint_every=2)
+    arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
+    jobs.run(1, 1, "train", *arguments, "--config.steps=8")  # compiles, so that it does not look like a stall
+    shutil.rmtree(tmp_path / "run")
+    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, "--stall_minutes=0.3", last=0))
+    assert ended.status == distributed.RESTART, ended.text
+    assert re.search(r"note: nothing has moved for \d+ s while waiting for data; all threads:", ended.text)
+    assert re.search(r"error: nothing has moved for \d+ s while waiting for data: ending, start again\.", ended.text)
+    assert re.search(r'File ".*/rad_jax/train.py", line \d+ in loop', ended.text)
+    assert "resumed at step 4 " in jobs.run(1, 1, "train", *arguments)[0]
 
 
 def test_flags_of_a_job(monkeypatch):

@@ -1,6 +1,8 @@
 """The loop: what a step changes and what it leaves alone, starting weights, schedule and optimizer, numbers it logs."""
 
 import math
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from rad_jax import checkpoint, metrics, optim, sharding, tasks, train
+from rad_jax import checkpoint, metrics, optim, runlog, sharding, tasks, train
 from rad_jax.errors import UserError
 from rad_jax.state import join
 
@@ -129,47 +131,107 @@ def test_run_refuses_a_checkpoint_of_other_data(training, chain):
         train.run(config, tasks.make_task(config), {}, training.batches(config), "other", chain / "lm", training.mesh())
 
 
-def test_loss_that_is_no_number_ends_the_run(training, tmp_path):
-    """And no checkpoint keeps weights that are none, also where the gradient goes before the loss."""
-    config = training.config("lm", steps=6, checkpoint_every=1)
+def test_loss_that_is_no_number_ends_the_run(training, tmp_path, capsys):
+    """After five steps in a row; and no checkpoint keeps weights that are none, also where the gradient goes before the loss."""
+    config = training.config("lm", steps=10, checkpoint_every=1)
     config.optimizer.update(peak_lr=1e38, warmup_ratio=0.0)
-    with pytest.raises(UserError, match=r"the loss is .* at step \d: lower optimizer.peak_lr"):
+    with pytest.raises(
+        UserError, match=r"the loss is .* at step \d: lower optimizer.peak_lr, or look at the records of"
+    ):
         training.run(config, tmp_path / "run")
     run = checkpoint.load_run(tmp_path / "run")
     assert all(np.isfinite(leaf).all() for leaf in flat(run.variables).values())
+    assert "note: step 2 is skipped: its loss is" in capsys.readouterr().err
+    listed = metrics.lines(tmp_path / "run" / "skipped.jsonl")
+    assert len(listed) == 5
+    assert all(len(row["rows"]) == config.batch_size for row in listed)
+    assert listed[0]["ids"] == [str(number) for number in listed[0]["rows"]]
+
+
+@pytest.fixture(scope="module")
+def poisoned(training):
+    """Stage 3, one step with the loss of a token weighted by what is no number: state before and after, and the metrics."""
+    config = training.config("stage3")
+    config.optimizer.update(warmup_ratio=0.0, clip=1.0)
+    task, optimizer, mesh, (state, frozen) = begin(training, config, training.variables(config))
+    before = jax.tree.map(np.array, state)
+    batch = training.batch(config)
+    batch["target_weights"][0, 0] = np.nan
+    with jax.set_mesh(mesh):
+        after, numbers = jax.jit(train.make_step(task, optimizer, 1))(state, frozen, sharding.place_batch(batch, mesh))
+    return before, after, numbers
+
+
+def test_step_whose_loss_is_no_number_changes_nothing(poisoned):
+    before, after, numbers = poisoned
+    assert bool(numbers["skipped"]) and not np.isfinite(numbers["loss"])
+    assert after.step == before.step + 1
+    for old, new in zip(
+        jax.tree.leaves((before.trainable, before.opt_state)),
+        jax.tree.leaves((after.trainable, after.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(old, np.asarray(new))
+
+
+class Slow:
+    """An iterator that takes so long for every batch."""
+
+    def __init__(self, batches, seconds):
+        self._batches, self._seconds = batches, seconds
+
+    def __next__(self):
+        time.sleep(self._seconds)
+        return next(self._batches)
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+@pytest.mark.slow
+def test_slow_data_is_said_and_measured(training, tmp_path, capsys, monkeypatch):
+    batches = type(training).batches
+    monkeypatch.setattr(type(training), "batches", lambda self, config: Slow(batches(self, config), 3.0))
+    training.run(training.config("lm", steps=4), tmp_path / "run")
+    assert re.search(
+        r"note: \d\d% of the time is waiting for data: raise --config.data.num_threads", capsys.readouterr().err
+    )
+    # A wait counts where the device has nothing left to do by its end: on a busy machine not every one.
+    assert max(row["data_wait_s"] for row in metrics.read(tmp_path / "run")) > 2.5
+    assert metrics.lines(tmp_path / "run" / "starts.jsonl")[-1]["phases"]["data"] > 2.5
+
+
+LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped"}
+TIMED = {"steps", "step_time_s", "data_wait_s", "save_s", "evaluate_s", "goodput", "time", "recompiles"}
+COUNTED = {"tokens_per_s", "tokens_per_s_per_chip", "bad_rows", "truncated_rows"}
 
 
 def test_run_logs_what_people_read(chain):
     rows = metrics.read(chain / "stage3")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    learned = {"step", "lr", "loss", "accuracy", "grad_norm"}
-    names = learned | {"step_time_s", "data_wait_s", "tokens_per_s", "bad_rows", "truncated_rows"}
-    assert all(row.keys() == names for row in rows)
+    assert all(
+        row.keys() == LEARNED | TIMED | COUNTED for row in rows
+    )  # a CPU has no known peak, and does not tell its memory
     np.testing.assert_allclose([row["lr"] for row in rows[:2]], [0, 1e-3])
+    assert all(row["recompiles"] == 0 and row["skipped"] == 0 for row in rows)
     assert (chain / "stage3" / "loss.png").stat().st_size > 1000
+    events = metrics.lines(chain / "stage3" / "starts.jsonl")
+    assert [(row["event"], row["step"]) for row in events] == [("start", 0), ("end", 4)]
+    assert events[0]["devices"] == 1
 
 
-def test_meter_counts_tokens_and_bad_rows():
+def test_counts_of_a_batch():
     batch = {
         "length": np.array([3, 5]),
         "weight": np.array([1.0, 0.0]),
         "truncated": np.array([1, 1]),
         "image": np.zeros((2, 4, 4)),
+        "target_weights": np.array([[1.0, 1.0], [0.0, 0.0]]),
     }
-    meter = train.Meter(image_tokens=10)
-    batches = iter([batch] * 3)
-
-    def take(steps):
-        for _ in range(steps):
-            meter.count(meter.next(batches))
-        return meter.take()
-
-    first, second = take(2), take(1)  # a step later than it ends, as the loop does it
-    row = meter.read(first)
-    assert (row["bad_rows"], row["truncated_rows"]) == (2, 4)
-    np.testing.assert_allclose(row["tokens_per_s"] * row["step_time_s"], 3 + 5 + 2 * 10)
-    assert 0 <= row["data_wait_s"] <= row["step_time_s"]
-    assert meter.read(second)["bad_rows"] == 3
+    found = {name: int(value) for name, value in runlog.count(10, batch).items()}
+    assert found == {"rows": 2, "tokens": 28, "text": 8, "targets": 2, "bad_rows": 1, "truncated_rows": 2}
+    del batch["image"], batch["target_weights"]
+    assert runlog.count(10, batch)["tokens"] == 8
 
 
 @pytest.mark.parametrize(("steps", "ratio"), [(100, 0.03), (1563, 0.03), (17, 0.1), (10, 0.0), (1, 0.03)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rad_jax import errors, images, metrics
+from rad_jax import errors, guards, images, metrics
 from rad_jax.checkpoint import load_run
 from rad_jax.errors import UserError
 
@@ -35,6 +35,13 @@ def fails(sentence, name, *arguments):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
     assert sentence in lines[0]
+
+
+def written_config(training, folder, stage, **changes):
+    """A config file with a small experiment."""
+    file, record = folder / "config.py", training.config(stage, **changes).to_dict()
+    file.write_text(f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({record!r})\n")
+    return file
 
 
 @pytest.mark.parametrize(
@@ -159,6 +166,33 @@ def test_generate_with_a_run_that_cannot_write(chain, tiny_corpus, tmp_path):
     fails("cannot write findings of an image", "generate", f"--checkpoint={chain}/stage1", *arguments)
 
 
+def test_second_job_on_one_workdir(training, tmp_path):
+    workdir, config = tmp_path / "lm", written_config(training, tmp_path, "lm", steps=8)
+    arguments = [f"--config={config}", f"--data={training.corpus}", f"--workdir={workdir}"]
+    workdir.mkdir()
+    with guards.lock(workdir):
+        fails(f"{workdir} is in use by process {os.getpid()} on", "train", *arguments)
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_workdir_that_cannot_be_written(tiny_corpus, tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", place]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root, with the right to mount, can make a read-only disk")
+    try:
+        fails(
+            "the file system is read-only: choose another folder",
+            "train",
+            LM,
+            f"--data={tiny_corpus}",
+            f"--workdir={place}/run",
+        )
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of three megabytes."""
@@ -174,9 +208,7 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 def test_full_disk_while_saving(training, small_disk, tmp_path):
     """The run keeps its checkpoint, and goes on from it when there is room again."""
-    config = tmp_path / "config.py"
-    record = training.config("lm", steps=6).to_dict()
-    config.write_text(f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({record!r})\n")
+    config = written_config(training, tmp_path, "lm", steps=6)
     run = small_disk / "run"
     arguments = [f"--config={config}", f"--data={training.corpus}", f"--workdir={run}"]
     # A checkpoint takes 0.7 MB, and asks for one more to be free: the first fits, the second does not.

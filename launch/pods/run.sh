@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The one entry on every machine, in a container or not: sets caches up, listens for notice, and becomes the command.
+#
+#   bash launch/pods/run.sh launch.train --config=configs/stage3.py:v5e-64 --data=DATA --workdir=RUN --multihost
+#
+# CACHE   folder for compiled programs; may be shared, process 0 alone writes. Default: no cache.
+# NOTICE  "gce": ask this machine's metadata server whether it is about to be taken away, and tell the command (SIGTERM).
+# PYTHON  default: python3.
+set -euo pipefail
+
+cd "$(dirname "$0")/../.."
+
+if [[ -n "${CACHE:-}" ]]; then
+  mkdir -p "$CACHE"
+  export JAX_COMPILATION_CACHE_DIR="$CACHE"
+fi
+
+if [[ "${NOTICE:-}" == gce ]]; then
+  # After `exec` the command has this shell's number. Kubernetes and SLURM send SIGTERM themselves.
+  command_pid=$$
+  (
+    url=http://metadata.google.internal/computeMetadata/v1/instance
+    while kill -0 "$command_pid" 2>/dev/null; do
+      for what in preempted maintenance-event; do
+        answer="$(curl -s -m 2 -H 'Metadata-Flavor: Google' "$url/$what" || true)"
+        if [[ "$answer" == TRUE || "$answer" == TERMINATE* ]]; then
+          echo "note: this machine will be taken away ($what: $answer)" >&2
+          kill -TERM "$command_pid"
+          exit
+        fi
+      done
+      sleep 2
+    done
+  ) &
+fi
+
+exec "${PYTHON:-python3}" -u -m "$@"

@@ -1,0 +1,100 @@
+"""Findings written and scored while a model trains."""
+
+import types
+from typing import Any
+
+import pytest
+
+from data.phantom.parser import parse
+from evaluation.development import Development
+from launch import generate as command
+from rad_jax import checkpoint, metrics, state, tasks, train
+from rad_jax.errors import UserError
+from rad_jax.input_pipeline import Corpus
+
+
+@pytest.fixture
+def made(training):
+    """Makes the evaluator of an experiment over the training split, where the tiny corpus has most of its studies."""
+
+    def make(config, mesh, **changes):
+        options = {"every": 2, "split": "train", "studies": 12, "batch_size": 5, "max_new_tokens": 6, **changes}
+        config.evaluate.update(options)
+        task = tasks.make_task(config)
+        return Development(config.evaluate, task.model, Corpus.open(training.corpus), mesh, parse), task
+
+    return make
+
+
+def test_texts_of_the_truth_score_one(training, made):
+    develop, _ = made(training.config("stage3"), training.mesh())
+    source = Corpus.open(training.corpus).source("train", "frontal")
+    row = develop.score([source[number]["findings"] for number in range(12)])
+    assert (row["value"], row["low"], row["high"], row["rouge_l"]) == (1.0, 1.0, 1.0, 1.0)
+    assert row["studies"] == 12 and "unit:patient" in row["signature"]
+    worse = develop.score(["Nothing."] * 12)
+    assert worse["metric"] == row["metric"] and worse["value"] < 0.5 and worse["low"] <= worse["value"] <= worse["high"]
+
+
+@pytest.mark.slow
+def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, monkeypatch):
+    """In a run of stage 3, on the mesh that trains; its last texts are those of the saved weights."""
+    mesh = training.mesh(data=2, tensor=2)
+    config = training.config("stage3")
+    develop, _ = made(config, mesh)
+    texts = []
+    score = develop.score
+
+    def scored(said):
+        texts.append(said)
+        return score(said)
+
+    monkeypatch.setattr(develop, "score", scored)
+    training.run(config, tmp_path / "run", (chain / "stage2",), mesh=mesh, beside=train.Beside(evaluate=develop))
+    rows = metrics.lines(tmp_path / "run" / "evaluations.jsonl")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["studies"] == 12 for row in rows)
+    best = checkpoint.read_best(tmp_path / "run")
+    assert best is not None and best["value"] == max(row["value"] for row in rows)
+
+    options: dict[str, Any] = {
+        "checkpoint": str(tmp_path / "run"),
+        "data": str(training.corpus),
+        "split": "train",
+        "limit": 12,
+    }
+    options |= {
+        "selection": "frontal",
+        "max_new_tokens": 6,
+        "batch_size": 4,
+        "pixels": "real",
+        "out": "x",
+        "image": None,
+    }
+    options |= {"temperature": 0.0, "top_p": 1.0, "seed": 0, "dtype": None, "fsdp": 1, "tensor": 1}
+    writer = command.Writer(types.SimpleNamespace(**options))
+    said = {
+        n: row["prediction"]
+        for rows in writer.corpus(Corpus.open(training.corpus), 12, done=())
+        for n, row in rows.items()
+    }
+    assert [said[number] for number in range(12)] == texts[-1]
+
+
+@pytest.mark.slow
+def test_it_is_broken_off_between_batches(training, made):
+    config = training.config("stage3")
+    develop, _ = made(config, training.mesh())
+    assert develop({}, {}, lambda: True) is None  # before the first batch: no weight is asked for
+    variables = training.variables(config)
+    trains, stays = state.split(variables, config.trainable)
+    asked = iter([False, True])
+    assert develop(trains, stays, lambda: next(asked)) is None
+
+
+def test_model_that_writes_nothing_of_an_image(training, made):
+    for stage in ("lm", "stage1"):
+        with pytest.raises(
+            UserError, match=r"config.evaluate.every: this model writes no findings of an image; set it"
+        ):
+            made(training.config(stage), training.mesh())

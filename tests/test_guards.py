@@ -1,0 +1,198 @@
+"""What looks after a run: the lock, the clock, skipped steps, spikes, slow data, standstill, and how SIGTERM is taken."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rad_jax import distributed, goodput, guards, metrics
+from rad_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_second_job_on_a_folder_is_refused(tmp_path):
+    with guards.lock(tmp_path):
+        assert guards.holder(tmp_path) == f"process {os.getpid()} on {os.uname().nodename}"
+        with (
+            pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on .*: wait for it to end, or give"),
+            guards.lock(tmp_path),
+        ):
+            pass
+    assert guards.holder(tmp_path) is None
+    with guards.lock(tmp_path):  # free again
+        pass
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from rad_jax import guards
+with guards.lock(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert guards.holder(tmp_path) == f"process {process.pid} on {os.uname().nodename}"
+        process.kill()
+        process.wait()
+    assert guards.holder(tmp_path) is None
+
+
+def test_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(guards.fcntl, "flock", refuse)
+    with guards.lock(tmp_path):
+        pass
+    assert "files cannot be locked here (No locks available); see that no other job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(0, ""), (3600, "3600 s ahead of"), (-60, "60 s behind")])
+def test_clock_that_is_not_the_folders(tmp_path, monkeypatch, capsys, wrong, said):
+    now = time.time
+    monkeypatch.setattr(guards.time, "time", lambda: now() + wrong)
+    guards.check_clock(tmp_path)
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == bool(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_skipped_steps_are_listed_and_end_a_run(tmp_path, capsys):
+    skips = guards.Skips(tmp_path, lambda rows: [f"film{row}" for row in rows], before=2)
+    for step in range(1, guards.SKIPS):
+        skips.see(step, float("nan"), 1.0, True, lambda: [7, 8])
+    skips.see(guards.SKIPS, 1.0, 1.0, False, list)  # one that is not skipped ends the row
+    for step in range(10, 9 + guards.SKIPS):
+        skips.see(step, 2.0, float("inf"), True, lambda: [9])
+    with pytest.raises(UserError, match=r"the loss is 2.0 at step 20: lower optimizer.peak_lr, or look at .* 5 steps"):
+        skips.see(20, 2.0, float("inf"), True, lambda: [9])
+    assert skips.total == 2 + 2 * guards.SKIPS - 1
+    rows = metrics.lines(tmp_path / "skipped.jsonl")
+    assert rows[0] == {"step": 1, "loss": "nan", "grad_norm": "1.0", "rows": [7, 8], "ids": ["film7", "film8"]}
+    assert len(rows) == 2 * guards.SKIPS - 1
+    assert "note: step 1 is skipped: its loss is nan and its gradient's norm 1.0" in capsys.readouterr().err
+
+
+def test_spikes_are_said_and_usual_noise_is_not(capsys):
+    spikes = guards.Spikes()
+    losses = [2.0 + 0.05 * ((7 * step) % 11 - 5) for step in range(60)]
+    assert not any(spikes.see(step, loss) for step, loss in enumerate(losses))
+    assert spikes.see(61, 9.0)
+    assert "the loss jumps to 9.0000 at step 61; the median of the last 60 is 2.0000" in capsys.readouterr().err
+
+
+def test_slow_data_is_said_once_each_time(capsys):
+    slow = guards.SlowData()
+    for share in (0.1, 0.5, 0.6, 0.0, 0.3):
+        slow.see(share)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" of ")[0] for line in lines] == ["note: 50%", "note: 30%"]
+    assert "raise --config.data.num_threads" in lines[0]
+
+
+def test_standstill_is_said_with_stacks_and_ends_the_process(tmp_path):
+    ended = threading.Event()
+    status: list[int] = []
+
+    def end(found: int) -> None:
+        status.append(found)
+        ended.set()
+
+    with (tmp_path / "said").open("w+") as file:
+        watchdog = guards.Watchdog(0.2, lambda: "waiting for data", end, file)
+        for _ in range(5):
+            time.sleep(0.05)
+            watchdog.beat()
+        assert not ended.is_set()
+        assert ended.wait(10)
+        watchdog.close()
+        file.seek(0)
+        text = file.read()
+    assert status == [distributed.RESTART]
+    assert "while waiting for data; all threads:\n" in text
+    assert "test_standstill_is_said_with_stacks" in text  # the stack of this test
+    assert text.count("note: nothing has moved") == 1
+    assert "while waiting for data: ending, start again." in text.splitlines()[-1]
+
+
+def test_phases_add_up_and_tell_what_is_done():
+    now = iter(range(100))
+    phases = goodput.Phases(clock=lambda: next(now))
+    moved = []
+    phases.moved = lambda: moved.append(phases.doing())
+    with phases("save"):
+        assert phases.doing() == "saving"
+        with phases("compile"):
+            pass
+    with phases("data"):
+        pass
+    phases.forgive("data")
+    seconds = phases.seconds()
+    assert seconds == {"start": 0, "compile": 1, "learn": 4, "data": 0, "save": 2, "evaluate": 0}
+    assert phases.goodput() == pytest.approx(5 / 8)  # another second has passed
+    assert moved == ["saving", "compiling", "saving", "computing steps", "waiting for data", "computing steps"]
+
+
+WAITS = """
+import hashlib, sys, time
+from rad_jax import distributed
+
+stop = distributed.Stop()
+stop.listen()
+kind = sys.argv[1]
+with stop.at_once(lambda: print("before", flush=True)):
+    if kind == "at once":
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a compile: no Python runs in this thread meanwhile
+print("ready", flush=True)
+while not stop.reached():
+    time.sleep(0.01)
+print("reached", flush=True)
+with stop.at_once():
+    pass
+"""
+
+
+@pytest.mark.parametrize(("kind", "said"), [("at once", ["before"]), ("later", ["reached"])])
+def test_sigterm_of_a_process_alone(kind, said):
+    """Where nothing would be lost it ends right there, even out of a long call; elsewhere it is asked for."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, kind], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == distributed.RESTART, err
+    assert out.split("\n")[:-1] == said
+    assert err == "told to stop (SIGTERM): start again to go on.\n"
+
+
+def test_writers_that_are_not_installed(tmp_path, monkeypatch):
+    for name in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="pip install tensorboardX, or leave it out"):
+        metrics.tensorboard(tmp_path)
+    with pytest.raises(UserError, match="pip install wandb, or leave it out"):
+        metrics.wandb(tmp_path, "project")
+
+
+def test_messages_stand_beside_a_bar(capsys):
+    with contextlib.redirect_stderr(io.StringIO()) as stream:
+        guards.say("something.")
+    assert stream.getvalue() == "note: something.\n"
