@@ -246,7 +246,8 @@ def test_version(distribution: dict[str, Any]):
 def test_wheel_holds_the_library_whole_and_alone(distribution: dict[str, Any]):
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "rad_jax").rglob("*.py")}
     assert set(distribution["packages"]) == folders
-    assert distribution["extras_require"].keys() == {"tpu", "cuda", "torch", "data", "pack", "eval", "serve", "dev"}
+    extras = {"tpu", "cuda", "torch", "data", "pack", "beam", "eval", "serve", "dev"}
+    assert distribution["extras_require"].keys() == extras
 
 
 def lock(name: str) -> dict[str, str]:
@@ -269,7 +270,8 @@ def test_locks_meet_what_setup_asks_for(distribution: dict[str, Any]):
     pins = {**lock("requirements-dev.txt"), "torch": lock("requirements.txt")["torch"]}
     wanted = [
         *distribution["install_requires"],
-        *(r for extra in distribution["extras_require"].values() for r in extra),
+        # Beam wants an older protobuf than TFDS's and an environment of its own, which has no lock.
+        *(r for name, extra in distribution["extras_require"].items() if name != "beam" for r in extra),
     ]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

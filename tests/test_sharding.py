@@ -81,8 +81,8 @@ def test_step_shards_what_the_rules_say(trained):
     _, state, compiled = trained("stage3", **MIXED)
     expected = {
         ("lora", "llm", "layers", "attn", "q", "a"): (None, "fsdp", None),
-        ("lora", "llm", "layers", "attn", "q", "b"): (None, None, "tensor", None),
-        ("lora", "llm", "layers", "attn", "o", "a"): (None, "tensor", None, None),
+        ("lora", "llm", "layers", "attn", "q", "b"): (None, "fsdp", "tensor", None),
+        ("lora", "llm", "layers", "attn", "o", "a"): (None, "tensor", None, "fsdp"),
         ("lora", "llm", "layers", "mlp", "down", "b"): (None, None, "fsdp"),
         ("params", "projector", "fc1", "kernel"): ("fsdp", "tensor"),
         ("params", "projector", "fc1", "bias"): ("tensor",),

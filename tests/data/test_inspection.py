@@ -3,6 +3,9 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,20 +14,14 @@ from PIL import Image
 from data import inspection
 from data.packing import Arguments, pack
 from data.phantom.study import study
-from launch import inspect
 from rad_jax.input_pipeline import Corpus
 
 
 def run(*arguments):
-    """The command in this process; its exit status."""
-    from absl import flags
-
-    flags.FLAGS(["inspect", *arguments])
-    try:
-        return inspect.main(["inspect"])
-    finally:
-        for name in ("data", "out", "films", "samples", "text_length", "strict"):
-            flags.FLAGS[name].unparse()
+    """The command: its exit status, and what it printed."""
+    command = [sys.executable, "-m", "launch.inspect", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout
 
 
 NASTY = "<script>alert(1)</script>"
@@ -117,26 +114,23 @@ def test_histogram(lengths, expected):
     assert len(wide) <= 30 and sum(count for _, _, count in wide) == 1000
 
 
-def test_the_command(corpora, tmp_path, capsys):
+def test_the_command(corpora, tmp_path):
     out = tmp_path / "page.html"
-    done = run(f"--data={corpora[0]},{corpora[1]}", f"--out={out}", "--text_length=40", "--strict")
-    assert done == 1  # a leak
+    status, said = run(f"--data={corpora[0]},{corpora[1]}", f"--out={out}", "--text_length=40", "--strict")
+    assert status == 1  # a leak
     html = out.read_text()
     assert NASTY not in html and "&lt;script&gt;" in html
     assert "<script" not in html and not re.search(r"(src|href)=\"(?!data:|#)", html)
     assert "share 1 equal and 1 similar films" in html and "1 films were missing or damaged" in html
     assert "have more than 40 tokens" in html
-    said = capsys.readouterr().out
     assert "5 films, 2 left out" in said and "Clear." not in said
-    assert run(f"--data={corpora[1]}", f"--out={out}", "--strict") == 0
+    assert run(f"--data={corpora[1]}", f"--out={out}", "--strict")[0] == 0
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_the_window(corpora, tmp_path, width):
-    import subprocess
-
     out = tmp_path / "page.html"
     run(f"--data={corpora[0]}", f"--out={out}")
     probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
