@@ -84,7 +84,8 @@ class BertLabeler:
         lengths = [len(ids) for ids in encoded]
         with tqdm(total=len(texts), desc="labelling", unit="report", disable=None) as bar:
             for length, index in encoder.buckets(lengths, self.config.max_positions, size):
-                batch = encoder.padded([encoded[i] for i in index], size, length, self.tokenizer.pad_id)
+                rows = self._devices.fitting(len(index), size)
+                batch = encoder.padded([encoded[i] for i in index], rows, length, self.tokenizer.pad_id)
                 found = self._apply(self._params, *self._devices.rows(batch))
                 for into, values in zip((logits, cls), jax.device_get(found), strict=True):
                     into[index] = values[: len(index)]

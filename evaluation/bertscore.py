@@ -113,11 +113,11 @@ class BertScore:
         raw = np.zeros((len(pairs), 2))
         with tqdm(total=len(pairs), desc="BERTScore", unit="pair", disable=None) as bar:
             for length, index in encoder.buckets(lengths, self.config.max_positions, size):
-                sides = []
+                sides, filled = [], self._devices.fitting(len(index), size)
                 for side in (0, 1):
                     rows = [pairs[i][side] for i in index]
-                    tokens, counts = encoder.padded(rows, size, length, self.tokenizer.pad_id)
-                    sides.append((tokens, counts, self._weights(rows, size, length, frequencies)))
+                    tokens, counts = encoder.padded(rows, filled, length, self.tokenizer.pad_id)
+                    sides.append((tokens, counts, self._weights(rows, filled, length, frequencies)))
                 found = jax.device_get(self._apply(self._params, *self._devices.rows(sides)))
                 raw[index] = np.stack(found, axis=1)[: len(index)]
                 bar.update(len(index))

@@ -16,7 +16,7 @@ from rad_jax.errors import UserError
 from rad_jax.interop import hf_bert, sources, tables
 from rad_jax.models.bert import BertConfig
 
-LENGTHS = (64, 128, 256, 512)  # texts are padded to the next of these, one compilation each
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # texts are padded to the next of these, one compilation each
 BATCH = 64
 _WORDS = "embeddings.word_embeddings.weight"
 _ROBERTA_FIRST = 2  # position of RoBERTa's first token; the rows before are padding's
@@ -98,6 +98,12 @@ class Devices:
     def batch(self, size: int) -> int:
         """`size`, rounded up to a multiple of the devices."""
         return -(-size // self.count) * self.count
+
+    def fitting(self, rows: int, size: int) -> int:
+        """What a batch of so many rows is filled up to: `size`, or half of it, or a quarter, down to one row a device; one compilation each."""
+        while size % 2 == 0 and size // 2 >= rows and (size // 2) % self.count == 0:
+            size //= 2
+        return size
 
 
 def buckets(lengths: Sequence[int], most: int, size: int) -> Iterator[tuple[int, np.ndarray]]:

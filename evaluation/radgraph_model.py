@@ -205,7 +205,8 @@ class RadGraphModel:
         out: list[np.ndarray] = [np.zeros(0)] * len(windows)
         size = self._devices.batch(_BATCH)
         for length, index in encoder.buckets([len(w) for w in windows], self.config.max_positions, size):
-            batch = encoder.padded([windows[i] for i in index], size, length, self._tokenizer.pad_id)
+            rows = self._devices.fitting(len(index), size)
+            batch = encoder.padded([windows[i] for i in index], rows, length, self._tokenizer.pad_id)
             states = jax.device_get(self._encode(self._params, *self._devices.rows(batch)))
             for row, i in zip(states, index, strict=False):
                 out[i] = row[: len(windows[i])]
