@@ -86,7 +86,7 @@ MACHINES = {
     "v4-8": _tpu(4, 2, V4),
     "v4-32": _tpu(16, 2, V4),
     # 32 GB per chip.
-    "v6e-8": _tpu(8, 4, V6E),
+    "v6e-8": _tpu(8, 4, V6E),  # 64 rows in 1.26 s (no calibration), 22.7 GiB
     "v6e-64": _tpu(64, 4, V6E),
     "v6e-256": _tpu(256, 2, V6E),
     # Eight GPUs of 80 GB in one host; 16 rows each are the original's stage 3.
