@@ -1,5 +1,6 @@
 """Models that say where they look: a LLaVA while it writes a word, and the tower of a contrastive model."""
 
+import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Target:
     boxes: list[list[float]]
 
 
-class Looker:
+class Looker(abc.ABC):
     """A checkpoint of launch.train, ready to say where it looks.
 
     Attributes:
@@ -37,11 +38,11 @@ class Looker:
     image_size: int
     what: str
 
+    @abc.abstractmethod
     def maps(self, targets: Sequence[Target]) -> np.ndarray:
         """float32 [n, L, N, h, w] by layer and head: of a LLaVA the attention to the image when the span was about to be written, averaged
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
         same in every head and moved so that its least is 0."""
-        raise NotImplementedError
 
     def candidate(self, layer: int, head: int, layers: int) -> str:
         """Words for a layer and head of `maps`."""
