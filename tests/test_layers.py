@@ -1,5 +1,7 @@
 """What parity with peft cannot show of adapters: it has no dropout, and one adapter at a time."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,8 +87,8 @@ def test_the_way_of_a_tpu_gives_the_same():
 
     Float32 products in another order: 2e-5 of the largest entry.
     """
-    ways = ({}, {"attention": "splash_interpret", "rope": "matmul", "flat_adapters": False})
-    shape = {"vocab_size": 64, "width": 256, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_dim": 96}
+    ways: tuple[dict[str, Any], ...] = ({}, {"attention": "splash_interpret", "rope": "matmul", "flat_adapters": False})
+    shape: dict[str, Any] = {"vocab_size": 64, "width": 256, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_dim": 96}
     tokens = jax.random.randint(jax.random.key(0), (2, 37), 0, 64)
     lengths = jnp.array([37, 20])
     real = (jnp.arange(37) < lengths[:, None])[..., None]
