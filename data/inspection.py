@@ -16,8 +16,8 @@ import tqdm
 
 from data.labels import CHEXPERT
 from data.selections import duplicates
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 STATES = {1: "positive", 0: "negative", -1: "uncertain"}  # of a label; -2 is not stated
 _COUNTED = ("view", "sex")

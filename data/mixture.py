@@ -21,8 +21,8 @@ from data.packing import MANIFEST, existing, staging
 from data.records import SPLITS
 from data.selections import read_images, write_index
 from rad_jax.chat.access import strictest
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 SELECTION = "all"
 LEAKED = "whose image is held out in a member"

@@ -8,8 +8,8 @@ import numpy as np
 from evaluation import baselines
 from evaluation.report import Study, findings_of_annotations
 from rad_jax import images
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 ANNOTATED = ("phantom",)  # corpora whose annotations list every finding, so that an empty list means a normal study
 

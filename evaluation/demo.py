@@ -13,7 +13,7 @@ from evaluation.corpus import ANNOTATED, records_of
 from evaluation.overlay import overlay
 from evaluation.report import Parser, findings_of_annotations
 from rad_jax import images, metrics
-from rad_jax.input_pipeline import Corpus
+from rad_jax.corpus import Corpus
 
 CARDS = 12
 STAGES = {

@@ -15,6 +15,7 @@ from evaluation.corpus import ANNOTATED
 from evaluation.metric import Metric
 from evaluation.report import Parser, findings_of_annotations
 from rad_jax import generate, input_pipeline, sharding
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 from rad_jax.models.llava import Llava
 from rad_jax.state import Tree, join
@@ -40,7 +41,7 @@ class Development:
         UserError: the model cannot write findings of an image, or there are no such studies.
     """
 
-    def __init__(self, options: Any, model: Any, corpus: input_pipeline.Corpus, mesh: Mesh, parse: Parser):
+    def __init__(self, options: Any, model: Any, corpus: Corpus, mesh: Mesh, parse: Parser):
         if not isinstance(model, Llava) or model.config.vision is None:
             raise UserError("config.evaluate.every: this model writes no findings of an image; set it to 0.")
         self._mesh, self._options, self._tokenizer, self._parse = mesh, options, corpus.tokenizer(), parse

@@ -38,7 +38,7 @@ def with_films(cases: Sequence[Case], data: Path) -> list[Case]:
     """The cases with what the model saw, where the corpus has a readable image."""
     from evaluation import corpus as corpora
     from rad_jax import images
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus = Corpus.open(data)
     records = corpora.records_of(corpus, {case.id for case in cases})

@@ -53,7 +53,7 @@ def write(options: Any) -> str:
     """
     from tqdm import tqdm
 
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus, out = Corpus.open(options.data), Path(options.out)
     source = corpus.source(options.split, options.selection)

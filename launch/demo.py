@@ -98,7 +98,8 @@ class Demo:
 
     def _training(self, stage: str, bases: list[str], data: Path) -> list[str]:
         """launch.train for one stage; text lengths as this corpus needs them, so that nothing is cut and little is padding."""
-        from rad_jax.input_pipeline import Corpus, longest
+        from rad_jax.corpus import Corpus
+        from rad_jax.input_pipeline import longest
 
         options = self._options
         name = f"{options.config}:{stage}" + (",full" if options.full else "")

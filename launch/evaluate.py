@@ -74,7 +74,7 @@ def corpus_options(
         return {}
     from data.phantom.parser import parse
     from evaluation import corpus as corpora
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus = Corpus.open(data)
     records = corpora.records_of(corpus, {row.id for item in inputs for row in item.read.rows})

@@ -138,12 +138,13 @@ def report(result: dict[str, Any]) -> None:
 
 def held_out(model: Any) -> list[tuple[Any, str | None]]:
     """The first frontal studies of a split: image uint8 [Y, X] as the model sees it, and indication."""
-    from rad_jax import images, input_pipeline
+    from rad_jax import images
+    from rad_jax.corpus import Corpus
 
     if model.config is None or model.config.vision is None:
         raise UserError("--data is for image-to-text models: this checkpoint is none.")
     data, split, size = Path(_DATA.value or ""), _SPLIT.value, model.config.vision.image_size
-    corpus = input_pipeline.Corpus.open(data)
+    corpus = Corpus.open(data)
     if corpus.image_size < size:
         raise UserError(f"{data} holds images of {corpus.image_size} pixels, the model needs {size}.")
     source = corpus.source(split, "frontal")

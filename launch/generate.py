@@ -79,7 +79,7 @@ def main(_: Sequence[str]) -> None:
 
 def write(writer: "Writer", options: Any) -> None:
     """The findings of a corpus, in --out."""
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
     from rad_jax.writing import Unfinished
 
     corpus = Corpus.open(options.data)

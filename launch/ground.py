@@ -70,7 +70,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     from evaluation.corpus import ANNOTATED, records_of
     from evaluation.pointing import box_mask, pointing_game
     from evaluation.predictions import read_predictions
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus = Corpus.open(data)
     rows = read_predictions(predictions).rows

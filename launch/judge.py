@@ -116,7 +116,7 @@ def known_of(rows: Sequence[Row], data: str | None, stated: str | None) -> tuple
     if data is None:
         return {row.id: row.id for row in rows}, access_of(rows, stated)
     from evaluation import corpus as corpora
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus = Corpus.open(data)
     records = corpora.records_of(corpus, {row.id for row in rows})

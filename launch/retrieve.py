@@ -42,6 +42,7 @@ def main(_: Sequence[str]) -> None:
     from rad_jax import input_pipeline, sharding, tasks
     from rad_jax import retrieval as towers
     from rad_jax.checkpoint import load_run
+    from rad_jax.corpus import Corpus
 
     options = flags.FLAGS
     distributed.join()
@@ -51,7 +52,7 @@ def main(_: Sequence[str]) -> None:
     mesh = sharding.make_mesh(jax.device_count(), 1, 1)
     task, variables = tasks.restore(run, mesh)
     assert isinstance(task, tasks.Contrastive)
-    corpus = input_pipeline.Corpus.open(options.data)
+    corpus = Corpus.open(options.data)
     batches = input_pipeline.eval_batches(
         corpus,
         options.split,

@@ -144,7 +144,7 @@ def finish(found: Plan, metrics: Sequence[str], out: Path) -> str:
     from evaluation import corpus as corpora
     from evaluation import report, sweeps
     from evaluation.predictions import read_predictions
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     corpus = Corpus.open(found.corpus)
     ids = {row.id for paths in found.predictions.values() for path in paths for row in read_predictions(path).rows}

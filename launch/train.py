@@ -77,11 +77,12 @@ def main(_: Sequence[str]) -> int:
 def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[int, int] | None) -> tuple[Any, ...]:
     """What `train.run` takes: everything is opened, and fits together."""
     from rad_jax import checkpoint, input_pipeline, sharding, state, tasks, train
+    from rad_jax.corpus import Corpus
 
     bases = [checkpoint.load_run(Path(path)) for path in _BASE.value]
     tasks.adopt(config, bases)
     task = tasks.make_task(config)
-    corpus = input_pipeline.Corpus.open(_DATA.value, _DAMAGED.value)
+    corpus = Corpus.open(_DATA.value, _DAMAGED.value)
     if distributed.first():
         for sentence in corpus.lost:
             print(f"warning: {sentence}; its rows count as bad rows", file=sys.stderr)

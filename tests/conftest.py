@@ -99,7 +99,8 @@ class Training:
 
     def batches(self, config: Any) -> Any:
         """The endless iterator of an experiment."""
-        from rad_jax.input_pipeline import Corpus, train_iterator
+        from rad_jax.corpus import Corpus
+        from rad_jax.input_pipeline import train_iterator
 
         return train_iterator(
             Corpus.open(self.corpus),
@@ -184,7 +185,7 @@ class Training:
     ) -> None:
         """Trains; with `stop`, as if killed after that many batches."""
         from rad_jax import checkpoint, state, tasks, train
-        from rad_jax.input_pipeline import Corpus
+        from rad_jax.corpus import Corpus
 
         data = Corpus.open(self.corpus).identity("train", config.data.selection)
         runs = [checkpoint.load_run(path) for path in bases]

@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 
 from rad_jax import checkpoint, metrics, optim, tasks, train
 from rad_jax.checkpoint import Checkpointer, load_run
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 
 def same(one: Any, other: Any) -> None:

@@ -9,8 +9,8 @@ from data.phantom.parser import parse
 from evaluation.development import Development
 from launch import generate as command
 from rad_jax import checkpoint, metrics, state, tasks, train
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
 @pytest.mark.slow
 def test_every_word_of_the_predictions(chain, training, tmp_path):
     """Maps of all words, which the evaluation's page takes as they are."""
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     source = Corpus.open(training.corpus).source("test")
     rows = [source[number] for number in range(min(3, len(source)))]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from rad_jax import FORMAT_VERSION, images, input_pipeline, prompts
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus, eval_batches, train_iterator
+from rad_jax.input_pipeline import eval_batches, train_iterator
 
 SIZE = 32
 COUNTS = {"train": 21, "validation": 3}
@@ -510,7 +511,8 @@ def test_missing_and_damaged_shards_are_found(folder, tmp_path):
 def test_reading_needs_neither_tensorflow_nor_torch(folder):
     script = """
 import sys
-from rad_jax.input_pipeline import Corpus, train_iterator
+from rad_jax.corpus import Corpus
+from rad_jax.input_pipeline import train_iterator
 corpus = Corpus.open(sys.argv[1])
 next(train_iterator(corpus, "train", template="v1", batch_size=4, text_length=96, target_length=48, image_size=32,
                     seed=0, selection="frontal"))

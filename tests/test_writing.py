@@ -119,7 +119,7 @@ def written(options):
 )
 def test_killed_and_gone_on_with_on_another_mesh(options, tmp_path, tiny_corpus, monkeypatch, temperature, pixels):
     """The same texts, drawn or greedy, in the corpus's order, whatever the batches, the mesh, and where it was interrupted."""
-    from rad_jax.input_pipeline import Corpus
+    from rad_jax.corpus import Corpus
 
     source = Corpus.open(tiny_corpus).source("train")
     shown = {"temperature": temperature, "pixels": pixels}

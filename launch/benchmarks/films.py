@@ -24,8 +24,9 @@ from data import records, shards
 from data.packing import Arguments, pack
 from launch.benchmarks import pairs
 from rad_jax import images
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus, train_iterator
+from rad_jax.input_pipeline import train_iterator
 from rad_jax.prompts import load_tokenizer
 
 HEIGHT, WIDTH, QUALITY, SIZE = 3056, 2544, 95, 518

@@ -20,8 +20,8 @@ from data.labels import CHEXPERT
 from data.packing import Arguments, pack
 from data.reports.from_labels import findings_of, of_chexpert
 from data.splits import by_patient, validation_of
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 PIXELS = np.arange(45 * 30, dtype=np.uint16).reshape(45, 30)
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from data.packing import Arguments, pack
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus, train_iterator
+from rad_jax.input_pipeline import train_iterator
 
 FILMS, FILES, BATCH = 10_000, 100, 100
 

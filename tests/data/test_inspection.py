@@ -14,7 +14,7 @@ from PIL import Image
 from data import inspection
 from data.packing import Arguments, pack
 from data.phantom.study import study
-from rad_jax.input_pipeline import Corpus
+from rad_jax.corpus import Corpus
 
 
 def run(*arguments):

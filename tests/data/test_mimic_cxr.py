@@ -15,8 +15,9 @@ from data.mimic_cxr.builder import MimicCxr, MimicCxrReports
 from data.packing import Arguments, pack
 from data.reports import structure
 from rad_jax import prompts
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus, train_iterator
+from rad_jax.input_pipeline import train_iterator
 
 NAN = float("nan")
 STORED = "<image>\nDescribe the findings of the chest x-ray.\n"

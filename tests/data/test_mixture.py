@@ -16,8 +16,9 @@ from PIL import Image
 from configs import mixture as recipe
 from data import mixture
 from data.packing import Arguments, pack
+from rad_jax.corpus import Corpus, Mixture
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus, Mixture, train_iterator
+from rad_jax.input_pipeline import train_iterator
 
 ROOT = Path(__file__).parents[2]
 

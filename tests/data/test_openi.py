@@ -11,8 +11,8 @@ from PIL import Image
 
 from data.openi.builder import OpenI, read_report
 from data.packing import Arguments, pack
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <eCitation>

@@ -22,8 +22,8 @@ from evaluation.predictions import access_of, read_predictions
 from launch import structure as command
 from rad_jax.chat import access
 from rad_jax.chat.client import UnusableError
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 FAITHFUL = [

@@ -17,8 +17,8 @@ from evaluation.predictions import Predictions, Row
 from launch import compare
 from launch import evaluate as command
 from rad_jax import images
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,8 +14,8 @@ from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
 from launch import judge as command
 from rad_jax.chat.client import Answer, UnusableError
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 HEAD = "Number of clinically {}significant errors by type: {}"
 SIGNIFICANT, INSIGNIFICANT = (1, 0, 2, 0, 0, 1), (0, 0, 0, 3, 0, 0)

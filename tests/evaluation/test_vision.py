@@ -15,8 +15,8 @@ from evaluation.predictions import access_of, read_predictions
 from launch import baseline
 from rad_jax import images
 from rad_jax.chat.client import UnusableError
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import Corpus
 
 
 def options(data, out, endpoint, **other):
