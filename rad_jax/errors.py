@@ -10,6 +10,14 @@ from typing import NoReturn
 from rad_jax import FORMAT_VERSION
 
 
+_OWN = ("rad_jax", "configs", "launch", "data", "evaluation")
+_PACKAGES = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "tensorflow_datasets": "tensorflow-datasets",
+}  # where the names differ
+
+
 class UserError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do."""
 
@@ -28,7 +36,7 @@ def check_format(found: object, where: object) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -> None:
-    """Runs an absl main; a `UserError`, unusable flags or a failing disk end in one sentence and exit status 2.
+    """Runs an absl main; a `UserError`, unusable flags, a missing library or a failing disk end in one sentence and exit status 2.
 
     One of several processes of a job ends without waiting for the others, see `distributed.end`.
 
@@ -58,7 +66,7 @@ def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -
         except UserError as error:
             fail(str(error))
         except (Exception, KeyboardInterrupt) as error:
-            message = describe_disk_error(error)
+            message = describe_missing_library(error) or describe_disk_error(error)
             if message is None:
                 distributed.end(error)
                 raise
@@ -91,6 +99,17 @@ def describe_flag_error(error: Exception) -> str:
     if isinstance(error, flags.Error):
         return re.sub(r"^\w+Error: ", "", text)
     return f"the config cannot be used ({type(error).__name__}: {text}): mend the file in --config or its settings."
+
+
+def describe_missing_library(error: BaseException) -> str | None:
+    """One sentence for a library that is not installed; None for other errors, and for a module of our own."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    name = error.name.partition(".")[0]
+    if name in _OWN:
+        return None
+    package = _PACKAGES.get(name, name)
+    return f"the library {name} is not installed and is needed for this: `pip install {package}`, or use .venv-dev (`make .venv-dev`)."
 
 
 def describe_disk_error(error: BaseException) -> str | None:

@@ -261,6 +261,14 @@ def test_sentence_for_a_disk_behind_another_error():
     assert (errors.describe_disk_error(error) or "").startswith("/a: the disk is full")
 
 
+def test_a_library_that_is_not_installed():
+    missing = ModuleNotFoundError("No module named 'open_clip'", name="open_clip.factory")
+    assert "open_clip is not installed" in (errors.describe_missing_library(missing) or "")
+    assert "pip install open_clip_torch" in (errors.describe_missing_library(missing) or "")
+    assert errors.describe_missing_library(ModuleNotFoundError(name="rad_jax.typo")) is None
+    assert errors.describe_missing_library(ImportError("cannot import name 'x'", name="jax")) is None
+
+
 def test_our_own_mistakes_are_no_user_errors():
     assert errors.describe_disk_error(ValueError("shapes (2,) and (3,) differ")) is None
 
