@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from rad_jax import FORMAT_VERSION
 
-
 _OWN = ("rad_jax", "configs", "launch", "data", "evaluation")
 _PACKAGES = {
     "PIL": "pillow",
