@@ -44,10 +44,17 @@ class Looker(abc.ABC):
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
         same in every head and moved so that its least is 0."""
 
-    def candidate(self, layer: int, head: int, layers: int) -> str:
-        """Words for a layer and head of `maps`."""
-        return (
-            "likeness to the phrase" if self.what == "tower" and layer == layers - 1 else f"layer {layer}, head {head}"
+    def candidates(self, maps: np.ndarray) -> list[tuple[int, int]]:
+        """(layer, head) of those of `maps` that differ: of the tower's last layer one stands for all."""
+        layers, heads = maps.shape[1:3]
+        alike = layers - 1 if self.what == "tower" else layers
+        return [(layer, head) for layer in range(layers) for head in range(heads) if layer != alike or head == 0]
+
+    def named(self, chosen: Sequence[tuple[int, int]], maps: np.ndarray) -> str:
+        """Words for some of `candidates`."""
+        likeness = maps.shape[1] - 1 if self.what == "tower" else -1
+        return ", ".join(
+            "likeness to the phrase" if layer == likeness else f"layer {layer} head {head}" for layer, head in chosen
         )
 
 

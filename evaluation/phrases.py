@@ -2,8 +2,8 @@
 
 A CSV names films, phrases and boxes (image, phrase, x, y, w, h in pixels of the film; more rows of one film and phrase are a union). A row may
 name a mask instead: a picture of the size of its box, whose pixels that are not black are inside. Regions go through the resize and
-crop that the film goes through; what the crop cuts off counts nowhere. Layer and head are chosen on some of the patients and scored
-on the others; intervals resample patients.
+crop that the film goes through; what the crop cuts off counts nowhere. Heads are chosen on some of the patients and scored on the
+others; intervals resample patients.
 """
 
 import csv
@@ -21,7 +21,7 @@ from rad_jax.errors import UserError
 
 COLUMNS = ("image", "phrase", "x", "y", "w", "h")
 QUESTION = prompts.question(None)  # what a LLaVA is asked before it is told the phrase
-VALIDATION = 0.3  # share of the patients on whose films layer and head are chosen
+VALIDATION = 0.3  # share of the patients on whose films heads are chosen
 DRAWS = 2000
 
 
@@ -126,21 +126,11 @@ def read_patients(path: Path | None) -> dict[str, str]:
 
 
 def validation_patients(patients: Sequence[str]) -> set[str]:
-    """Those on whom layer and head are chosen: the first `VALIDATION` by a hash of their names. Raises UserError for fewer than two patients."""
+    """Those on whom heads are chosen: the first `VALIDATION` by a hash of their names. Raises UserError for fewer than two patients."""
     ordered = sorted(set(patients), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     if len(ordered) < 2:
-        raise UserError(
-            "layer and head are chosen on other patients than they are scored on: give films of two or more"
-        )
+        raise UserError("heads are chosen on other patients than they are scored on: give films of two or more")
     return set(ordered[: min(len(ordered) - 1, max(1, round(VALIDATION * len(ordered))))])
-
-
-def choose(maps: np.ndarray, masks: Sequence[np.ndarray]) -> tuple[int, int, float]:
-    """Layer and head of maps [n, L, N, h, w] that hit most masks, the first of equals, and their share of hits."""
-    hits = np.array([[[pointing.hit(head, mask) for head in layer] for layer in own] for own, mask in zip(maps, masks, strict=True)])  # fmt: skip
-    shares = hits.mean(axis=0)
-    layer, head = np.unravel_index(shares.argmax(), shares.shape)
-    return int(layer), int(head), float(shares.max())
 
 
 def scores(maps: Sequence[np.ndarray], regions: Sequence[Region]) -> dict[str, Any]:

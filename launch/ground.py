@@ -4,13 +4,14 @@
     python -m launch.ground --checkpoint=STAGE3 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
     python -m launch.ground --checkpoint=STAGE1 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
 
-With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map). In a corpus with boxes layer and head are
-chosen on the validation split with the reference texts and then used unchanged; in one without, the maps are of the longest word, averaged
-over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of every text, which
-launch.evaluate --attention shows under the mouse.
+With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map of a word). In a corpus with boxes the heads
+are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film.
+What is scored is the attention while the sentence that names a finding is written. In a corpus without boxes the maps are of the longest
+word, averaged over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of
+every text, which launch.evaluate --attention shows under the mouse.
 
 With --boxes: of phrases on films, without a corpus (`evaluation.phrases` says what the file holds). A run of stage 2 or 3 is told the phrase as
-its answer; of one of stage 1 it is the tower's attention, or the likeness of its patches to the phrase. Layer and head are chosen on three
+its answer; of one of stage 1 it is the tower's attention, or the likeness of its patches to the phrase. Heads are chosen on three
 tenths of the patients (--patients: a CSV with image and patient), the scores are of the others, with intervals that resample patients.
 
 On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the files.
@@ -28,6 +29,7 @@ from rad_jax import distributed, errors
 from rad_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from evaluation.heads import Heads
     from evaluation.looking import Looker, Target
 
 # Phrases lie where they usually lie, so a map that knows no film can beat the boxes' area; beating other films' maps takes looking.
@@ -66,7 +68,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     """Maps of generated texts, and their scores in a corpus with boxes."""
     import numpy as np
 
-    from evaluation import phrases
+    from evaluation import heads
     from evaluation.corpus import ANNOTATED, records_of
     from evaluation.pointing import box_mask, pointing_game
     from evaluation.predictions import read_predictions
@@ -78,22 +80,26 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     pairs = [(records[row.id], row.prediction) for row in rows if row.id in records]
     result: dict[str, Any] = {}
     size = (looker.image_size, looker.image_size)
-    best: tuple[int, int] | None = None
+    best: heads.Heads | None = None
     if corpus.meta["dataset"] in ANNOTATED:
         source = corpus.source("validation")
         validation = (source[number] for number in range(len(source)))
         known = [t for record in validation for t in finding_targets(record, record["findings"], size[0])]
-        layer, head, share = phrases.choose(looker.maps(known), [box_mask(t.boxes, *size) for t in known])
-        best = (layer, head)
+        maps = looker.maps([sentence(t) for t in known])
+        best = heads.choose(maps, [box_mask(t.boxes, *size) for t in known], looker.candidates(maps))
         targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
-        chosen: list[Any] = list(looker.maps(targets)[:, layer, head]) if targets else []
-        pointing = pointing_game(chosen, [t.boxes for t in targets], [size] * len(targets))
-        result = {"layer": layer, "head": head, "validation_accuracy": share, **asdict(pointing)}
+        scored: list[Any] = list(best.read(looker.maps([sentence(t) for t in targets]))) if targets else []
+        pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
+        chosen = looker.named(best.chosen, maps)
+        result = {"chosen": chosen, "validation_accuracy": best.share, **asdict(pointing)}
         if targets:
-            result |= beyond_pointing(targets, chosen, size)
+            result |= beyond_pointing(targets, scored, size)
     else:
         targets = [t for record, text in pairs if (t := longest_word(record, text))]
-        chosen = list(one_map(looker.maps(targets), None))
+    first: dict[str, Target] = {}
+    for target in targets:
+        first.setdefault(target.record["id"], target)
+    shown = one_map(looker.maps(list(first.values())), best) if first else []
     if every_word:
         write_words(looker, pairs, best, out)
     if not distributed.first():
@@ -101,23 +107,20 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     if "accuracy" in result:
         tell(result)
     out.mkdir(parents=True, exist_ok=True)
-    first: dict[str, tuple[Target, Any]] = {}
-    for target, map_ in zip(targets, chosen, strict=True):
-        first.setdefault(target.record["id"], (target, map_))
     result["words"] = {
         name: {"word": target.text[slice(*target.span)], "finding": target.name, "boxes": target.boxes}
-        for name, (target, _) in first.items()
+        for name, target in first.items()
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
-    np.savez_compressed(out / "maps.npz", **{name: map_ for name, (_, map_) in first.items()})
+    np.savez_compressed(out / "maps.npz", **dict(zip(first, shown, strict=True)))
 
 
-def one_map(maps: Any, best: tuple[int, int] | None) -> Any:
-    """[n, h, w] of maps [n, L, N, h, w]: of one layer and head, or the mean over heads of the last half of the layers."""
-    return maps[:, best[0], best[1]] if best else maps[:, maps.shape[1] // 2 :].mean((1, 2))
+def one_map(maps: Any, best: "Heads | None") -> Any:
+    """[n, h, w] of maps [n, L, N, h, w]: of the chosen heads, or the mean over heads of the last half of the layers."""
+    return best.read(maps) if best else maps[:, maps.shape[1] // 2 :].mean((1, 2))
 
 
-def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: tuple[int, int] | None, out: Path) -> None:
+def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads | None", out: Path) -> None:
     """words.json (id -> text and spans) and words.npz (id -> maps float16 [words, h, w])."""
     import re
 
@@ -143,7 +146,7 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
     """Maps of phrases on films with boxes, and their scores on the patients that nothing was chosen on."""
     import numpy as np
 
-    from evaluation import phrases
+    from evaluation import heads, phrases
     from evaluation.looking import Target
 
     regions = phrases.read(boxes, looker.image_size, phrases.read_patients(patients))
@@ -157,24 +160,23 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
     maps = looker.maps(targets)
     on = [i for i, region in enumerate(kept) if region.patient in held]
     rest = [i for i in range(len(kept)) if kept[i].patient not in held]
-    layer, head, share = phrases.choose(maps[on], [kept[i].mask for i in on])
-    found = phrases.scores(list(maps[rest, layer, head]), [kept[i] for i in rest])
+    best = heads.choose(maps[on], [kept[i].mask for i in on], looker.candidates(maps))
+    read = best.read(maps)
+    found = phrases.scores(list(read[rest]), [kept[i] for i in rest])
     if not distributed.first():
         return
     result = {
         "model": looker.what,
-        "chosen": looker.candidate(layer, head, maps.shape[1]),
-        "layer": layer,
-        "head": head,
+        "chosen": looker.named(best.chosen, maps),
         "validation_patients": len(held),
         "validation_n": len(on),
-        "validation_accuracy": share,
+        "validation_accuracy": best.share,
         **found,
         "skipped": [dict(zip(("image", "phrase", "reason"), row, strict=True)) for row in regions.skipped],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
-    named = {f"{kept[i].film}|{kept[i].phrase}": maps[i, layer, head] for i in rest}
+    named = {f"{kept[i].film}|{kept[i].phrase}": read[i] for i in rest}
     np.savez_compressed(out / "maps.npz", **named)
     tell_phrases(result)
 
@@ -254,6 +256,16 @@ def finding_targets(record: dict[str, Any], text: str, size: int) -> "Iterator[T
         boxes = images.boxes_seen([a["box"] for a in annotations if a["finding"] == name], (shape[0], shape[1]), size)
         if span is not None and boxes:
             yield Target(record, text, span, name, boxes)
+
+
+def sentence(target: "Target") -> "Target":
+    """The whole sentence that the target's span stands in."""
+    import re
+    from dataclasses import replace
+
+    start, stop = target.span
+    spans = (found.span() for found in re.finditer(r"[^.\s][^.]*", target.text))
+    return replace(target, span=next(span for span in spans if span[0] <= start and stop <= span[1]))
 
 
 def longest_word(record: dict[str, Any], text: str) -> "Target | None":

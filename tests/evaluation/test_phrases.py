@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import phrases
+from evaluation import heads, phrases
 from evaluation.phrases import Region
 from rad_jax import images
 from rad_jax.errors import UserError
@@ -108,8 +108,9 @@ def test_chosen_on_other_patients_than_scored() -> None:
         map_[1, 0] = region.mask ^ (region.patient not in held)
     on = [i for i, region in enumerate(known) if region.patient in held]
     rest = [i for i in range(40) if i not in on]
-    assert phrases.choose(maps[on], [known[i].mask for i in on]) == (1, 0, 1.0)
-    found = phrases.scores(list(maps[rest, 1, 0]), [known[i] for i in rest])
+    chosen = heads.choose(maps[on], [known[i].mask for i in on], [(0, 0), (0, 1), (1, 0), (1, 1)])
+    assert (chosen.chosen, chosen.share) == (((1, 0),), 1.0)
+    found = phrases.scores(list(chosen.read(maps[rest])), [known[i] for i in rest])
     assert (found["accuracy"]["value"], found["n"], found["patients"]) == (0.0, 28, 14)
     assert found["above_chance"]["value"] == -0.5 and found["mass"]["value"] == 0.0
 
