@@ -56,7 +56,7 @@ def stage1(full: bool) -> ml_collections.ConfigDict:
     """Contrastive image and text towers."""
     model = {"vision": VISION, "text": TEXT, "embed_dim": 128}
     data = {"template": "clip", "text_length": 56}
-    steps = 600 if full else 260
+    steps = 800 if full else 260
     config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=64)
     config.optimizer.update(peak_lr=1e-3, weight_decay=0.05, clip=1.0, b2=0.98, warmup_ratio=0.2)
     return config
@@ -65,7 +65,7 @@ def stage1(full: bool) -> ml_collections.ConfigDict:
 def stage2(full: bool) -> ml_collections.ConfigDict:
     """The projector alone."""
     data = {"template": "plain", "text_length": 56, "target_length": 56}
-    model = {"vision": FEATURES, "llm": LLM}
+    model = {"vision": FEATURES, "llm": LLM, "projector": "mlp2x_gelu"}
     steps = 300 if full else 100
     config = common.experiment("generative", model, ("params/projector/.*",), data, steps=steps, batch_size=16)
     config.optimizer.update(peak_lr=5e-3, clip=1.0)
@@ -75,7 +75,7 @@ def stage2(full: bool) -> ml_collections.ConfigDict:
 def stage3(full: bool) -> ml_collections.ConfigDict:
     """Projector and LoRA."""
     data = {"template": "v1", "text_length": 112, "target_length": 56}
-    model = {"vision": FEATURES, "llm": LLM, "lora": LORA}
+    model = {"vision": FEATURES, "llm": LLM, "lora": LORA, "projector": "mlp2x_gelu"}
     steps = 2500 if full else 850
     trainable = ("params/projector/.*", "lora/.*")
     config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=16)

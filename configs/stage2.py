@@ -54,7 +54,7 @@ def get_config(machine: str = "a100-8") -> ml_collections.ConfigDict:
         "mean_text_length": 62,  # of those reports; only the estimates of launch.compile ask for it
         "selection": "frontal",  # the original's films are AP and PA
     }
-    model = {"vision": FEATURES, "llm": LLM}
+    model = {"vision": FEATURES, "llm": LLM, "projector": "mlp2x_gelu"}  # script
     steps = -(-FILMS // BATCH)  # script: one epoch; 1,563
     config = common.experiment("generative", model, ("params/projector/.*",), data, steps=steps, batch_size=BATCH)
     config.frozen_dtype = "bfloat16"  # script

@@ -43,7 +43,12 @@ def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
         "selection": "frontal",  # the original's films are AP and PA
     }
     full = variant == "full"
-    model = {"vision": stage2.FEATURES, "llm": stage2.LLM, **({} if full else {"lora": LORA})}
+    model = {
+        "vision": stage2.FEATURES,
+        "llm": stage2.LLM,
+        "projector": "mlp2x_gelu",  # script
+        **({} if full else {"lora": LORA}),
+    }
     steps = -(-EPOCHS * stage2.FILMS // BATCH)  # 18,752
     trainable = ("params/projector/.*", "params/llm/.*" if full else "lora/.*")
     config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=BATCH)

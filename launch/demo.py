@@ -22,13 +22,19 @@ from rad_jax import errors
 
 STAGES = {"lm": [], "stage1": [], "stage2": ["lm", "stage1"], "stage3": ["stage2"]}  # name -> the runs it starts from
 
+FULL_STUDIES = (
+    9200  # twice the phantom's own number: in its longer stages the towers would begin to know the fewer films by heart
+)
+
 # glibc returns a large freed buffer to the kernel and faults its pages in again at every step; keeping it is 15 % of a step here.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
 def define_flags() -> None:
     flags.DEFINE_string("config", "configs/phantom.py", "Config file with the variants lm, stage1, stage2 and stage3.")
-    flags.DEFINE_bool("full", False, "Train longer (the config's ',full' variants).")
+    flags.DEFINE_bool(
+        "full", False, "Train longer (the config's ',full' variants), and on more studies of the phantom."
+    )
     flags.DEFINE_string("out", "out/demo", "Folder to write.")
     flags.DEFINE_enum("dataset", "phantom", ["phantom", "folder"], "What to learn from; see launch.pack.")
     flags.DEFINE_string("source", None, "Folder of images with a CSV, for --dataset=folder.")
@@ -64,7 +70,11 @@ class Demo:
         out, data, options = self._out, self._out / "data", self._options
         size = variant(options.config, "stage3", options.full).model.vision.image_size
         pack = ["pack", f"--dataset={options.dataset}", f"--out={data}", f"--image_size={size}"]
-        self._step("pack", [*pack, *([f"--source={options.source}"] if options.source else [])])
+        if options.source:
+            pack.append(f"--source={options.source}")
+        elif options.full:
+            pack.append(f"--studies={FULL_STUDIES}")
+        self._step("pack", pack)
         for stage, bases in STAGES.items():
             self._step(stage, self._training(stage, bases, data))
         model = f"--checkpoint={out / 'stage3'}"

@@ -236,6 +236,8 @@ def _images(model: LlavaConfig, seen: bool, tuned: bool) -> dict[str, Count]:
     assert model.vision is not None
     patches, width = model.vision.patches, model.llm.width
     first = linear(model.vision.width * width, patches, patches, passes=seen, learns=tuned)
+    if model.projector == "linear":
+        return {**vision(model.vision, seen), "projector": first}
     second = linear(width * width, patches, patches, passes=seen or tuned, learns=tuned)
     return {**vision(model.vision, seen), "projector": first + second}
 

@@ -25,6 +25,7 @@ from rad_jax.models.bert import BertConfig
 from rad_jax.models.clip import Clip, ClipConfig
 from rad_jax.models.llama import LlamaConfig, RopeScaling
 from rad_jax.models.llava import Llava, LlavaConfig
+from rad_jax.models.projector import KINDS
 from rad_jax.models.vit import VitConfig
 from rad_jax.state import Tree, join, select
 
@@ -42,7 +43,11 @@ class Result(NamedTuple):
 
 
 def model_config(config: Any) -> ClipConfig | LlavaConfig:
-    """The model that `config.model` describes."""
+    """The model that `config.model` describes.
+
+    Raises:
+        UserError: a projector of another kind than there are.
+    """
     model = config.model.to_dict() if hasattr(config.model, "to_dict") else config.model
     vision = VitConfig(**model["vision"]) if model.get("vision") else None
     if config.task == "contrastive":
@@ -54,7 +59,10 @@ def model_config(config: Any) -> ClipConfig | LlavaConfig:
     llm = dict(model["llm"])
     if isinstance(llm.get("rope_scaling"), Mapping):
         llm["rope_scaling"] = RopeScaling(**llm["rope_scaling"])
-    return LlavaConfig(LlamaConfig(**llm), vision, LoraSpec(**lora) if lora else None)
+    kind = model.get("projector", KINDS[0])
+    if kind not in KINDS:
+        raise UserError(f"config.model.projector is {kind!r}: choose {' or '.join(KINDS)}.")
+    return LlavaConfig(LlamaConfig(**llm), vision, LoraSpec(**lora) if lora else None, kind)
 
 
 def check_vocabulary(config: ClipConfig | LlavaConfig, found: int, where: Any) -> None:

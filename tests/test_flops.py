@@ -38,6 +38,13 @@ def test_the_projector_alone_needs_the_gradient_of_the_whole_decoder():
     assert "lora" not in two
 
 
+def test_a_projector_of_one_matrix():
+    config = stage2.get_config()
+    config.model.projector = "linear"
+    # Nothing before it learns.
+    assert parts(config)["projector"].needed == 4 * 768 * 4096 * PATCHES
+
+
 def test_towers_that_learn_are_6_n():
     found = parts(stage1.get_config(), flops.Lengths(100, 0, 256, 0))
     block = 12 * (4 * 768**2 + 2 * 768 * 3072)

@@ -22,7 +22,7 @@ def test_stages_are_shared_between_arms_and_not_between_seeds(tmp_path):
     found = sweep.plan(config, tmp_path, tmp_path, {})
     kinds = [step.name.split("-")[0].rpartition(" ")[2] for step in found.steps if step.name.startswith("train")]
     seeds, arms = len(config.seeds), len(config.arms)
-    assert (arms, seeds) == (8, 3)
+    assert (arms, seeds) == (9, 3)
     assert kinds.count("lm") == 2 * seeds  # of the two corpora
     assert kinds.count("stage1") == seeds * 4  # as usual, SigLIP's loss, hardly trained, half the size
     assert kinds.count("stage3") == seeds * arms

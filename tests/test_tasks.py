@@ -20,6 +20,13 @@ from rad_jax.state import split
 TOLERANCE = 5e-5
 
 
+def test_unknown_projector(training):
+    config = training.config("stage2")
+    config.model.projector = "mlp3x_gelu"
+    with pytest.raises(UserError, match="config.model.projector is 'mlp3x_gelu': choose mlp2x_gelu or linear"):
+        tasks.model_config(config)
+
+
 class Setting:
     """A task with random weights, split as its config says."""
 

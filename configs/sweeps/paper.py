@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
         }
         for rank in (8, 16, 128)
     },
+    "projector of one matrix": dict.fromkeys(("stage2", "stage3"), ("--config.model.projector=linear",)),
     "every weight of the language model": {"configs": {"stage3": "configs/stage3.py:full,{machine}"}},
     **{
         f"images of {size}": {"data": f"images_{size}", "stage2": flags, "stage3": flags}

@@ -18,6 +18,7 @@ ARMS = {
         "configs": {"stage3": "configs/phantom.py:stage2"},
         "stage3": ("--config.data.template=v1", "--config.data.text_length=112", "--config.steps=850"),
     },
+    "projector of one matrix": dict.fromkeys(("stage2", "stage3"), ("--config.model.projector=linear",)),
     "every weight of the language model": {
         "stage3": (TRAINED + "('params/projector/.*','params/llm/.*','lora/.*')", "--config.optimizer.peak_lr=1e-3")
     },

@@ -64,7 +64,11 @@ class Exported:
 
 
 def from_run(run: Run) -> Exported:
-    """A run or a base, with what the bases under it brought along."""
+    """A run or a base, with what the bases under it brought along.
+
+    Raises:
+        UserError: its projector is one that no other program's format holds.
+    """
     model: dict[str, Any] = {}
     configs: dict[str, Any] = {}
     carried: dict[str, Mapping[str, np.ndarray]] = {}
@@ -75,6 +79,10 @@ def from_run(run: Run) -> Exported:
         carried |= {part.source["format"]: part.carried} if part.carried else {}
     config = tasks.model_config(SimpleNamespace(task="generative", model=model)) if "llm" in model else None
     assert not isinstance(config, ClipConfig)
+    if config is not None and config.projector != "mlp2x_gelu":
+        raise UserError(
+            f"{run.path}: its projector is {config.projector}, for comparisons here: no format to export to has one."
+        )
     clip = None
     if "text" in model and "vision" in model:
         vision = VitConfig(**{**model["vision"], "feature_layer": None})

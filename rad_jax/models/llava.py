@@ -17,11 +17,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """The parts; without `vision` it is a plain language model (text pretraining)."""
+    """The parts; without `vision` it is a plain language model (text pretraining). `projector`: one of `projector.KINDS`."""
 
     llm: LlamaConfig
     vision: VitConfig | None = None
     lora: LoraSpec | None = None
+    projector: str = "mlp2x_gelu"
 
     @property
     def image_tokens(self) -> int:
@@ -39,7 +40,7 @@ class Llava(nn.Module):
         self.llm = Llama(c.llm, c.lora)
         if c.vision is not None:
             self.vision = Vit(c.vision)
-            self.projector = Projector(c.llm.width, jnp.dtype(c.llm.dtype))
+            self.projector = Projector(c.llm.width, jnp.dtype(c.llm.dtype), c.projector)
 
     def encode_image(self, images: Array) -> Array:
         """float[B, Y, X, C] -> [B, P, D]: patch features of the chosen block (a class token is dropped), projected."""

@@ -103,6 +103,16 @@ def test_command(plain_example, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_projector_of_one_matrix_goes_nowhere(plain_example, tmp_path):
+    from rad_jax import checkpoint
+    from rad_jax.interop import exported
+
+    run = checkpoint.load_run(make_run(plain_example, tmp_path))
+    run.config["model"]["projector"] = "linear"
+    with pytest.raises(UserError, match="its projector is linear"):
+        exported.from_run(run)
+
+
 def make_run(example, tmp_path):
     """A workdir whose one checkpoint holds all variables."""
     import dataclasses

@@ -100,6 +100,16 @@ def test_logits_and_projector_gradients(model, parity, on_disk):
     parity.gradients("LLaVA stage 2, gradients of the projector", AGAINST, grads, theirs_grads)
 
 
+def test_projector_of_one_matrix(model, parity, on_disk):
+    params = dict(tables.load(hf_llava.table(CONFIG), on_disk(model)))
+    model.model.multi_modal_projector = torch.nn.Linear(VISION.width, CONFIG.llm.width)
+    one = model.model.multi_modal_projector
+    params["projector"] = {"fc1": {"kernel": one.weight.detach().numpy().T, "bias": one.bias.detach().numpy()}}
+    config = dataclasses.replace(CONFIG, projector="linear")
+    ours = Llava(config).apply({"params": params}, TOKENS, LENGTHS, IMAGES, PREDICTING)
+    parity.forward("LLaVA with a linear projector, logits", f"{AGAINST}, torch Linear", ours, their_logits(model).detach())
+
+
 # OpenAI CLIP's (LLaVA-1.5) and SigLIP's, whose first token is a patch.
 TOWERS = {
     "CLIP": dataclasses.replace(
