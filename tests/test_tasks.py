@@ -23,7 +23,7 @@ TOLERANCE = 5e-5
 def test_unknown_projector(training):
     config = training.config("stage2")
     config.model.projector = "mlp3x_gelu"
-    with pytest.raises(UserError, match="config.model.projector is 'mlp3x_gelu': choose mlp2x_gelu or linear"):
+    with pytest.raises(UserError, match="is 'mlp3x_gelu': choose mlp2x_gelu or linear"):
         tasks.model_config(config)
 
 
