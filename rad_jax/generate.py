@@ -110,7 +110,7 @@ def decode(
         step, logits, cache, done, out = carry
         token = jnp.where(done, eos_id, choose(logits, step))
         out = out.at[:, step].set(token)
-        logits, cache = decode_step(model, variables, token, lengths + step, cache)
+        logits, cache = decode_step(model, variables, token, step, lengths, cache, max_new_tokens)
         return step + 1, logits, cache, done | (token == eos_id), out
 
     if model.config.llm.unroll >= model.config.llm.depth:
@@ -134,9 +134,26 @@ def apart(model: Llava, variables: Tree, cache: Cache) -> tuple[Llava, Tree, Cac
     return Llava(config), {name: split(collection) for name, collection in variables.items()}, caches
 
 
-def decode_step(model: Llava, variables: Tree, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-    """One more token int32 [B] per row at its place int32 [B] in the row: the next logits float32 [B, V] and the updated cache."""
-    return model.apply(variables, tokens, positions, cache, method="extend")
+def decode_step(
+    model: Llava, variables: Tree, tokens: Array, step: Array, lengths: Array, cache: Cache, room: int
+) -> tuple[Array, Cache]:
+    """One more token per row.
+
+    However long their prompts, the rows' new tokens stand at one place of the cache, after the longest prompt: writing to a place of each
+    row's own is slow on a TPU.
+
+    Args:
+        tokens: int32 [B]; step: how many were written before them.
+        lengths: int32 [B], of the prompts with the image.
+        cache: as `prefill` gives it, with `room` places for new tokens.
+
+    Returns:
+        The next logits float32 [B, V] and the updated cache.
+    """
+    length = jax.tree.leaves(cache)[0].shape[-2]
+    first, places = length - room, jnp.arange(length)
+    seen = (places < lengths[:, None]) | ((places >= first) & (places < first + step))
+    return model.apply(variables, tokens, lengths + step, cache, seen, first + step, method="extend")
 
 
 def sample(logits: Array, keys: Array, top_p: float) -> Array:

@@ -82,7 +82,8 @@ def _projected(model: Exported, config: LlavaConfig, features: jax.Array) -> np.
 def _decoder(model: Exported, config: LlavaConfig, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
     llm = dataclasses.replace(config.llm, dtype="float32", remat="none", attention="xla")
     places = jnp.arange(x.shape[1])[None]
-    step = llama.Step(places, None, *llama.angles(places, llm.head_dim, llm.rope_theta, llm.rope_scaling))
+    cos, sin = llama.angles(places, llm.head_dim, llm.rope_theta, llm.rope_scaling)
+    step = llama.Step(places, cos=cos, sin=sin)
     apply = jax.jit(lambda variables, x: llama.Block(llm, config.lora).apply(variables, x, None, step)[0])
     parts = {"params": model.variables["params"]["llm"]["layers"]}
     if config.lora is not None:

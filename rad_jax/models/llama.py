@@ -1,6 +1,7 @@
 """Llama decoder (Touvron et al. 2023): RMSNorm, rotary positions in Hugging Face's half-split layout, SwiGLU, grouped-query attention."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -71,13 +72,18 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Where the tokens of a call stand. Positions int32 [B, S]; lengths int32 [B] of keys that exist, None when decoding.
+    """Where the tokens of a call stand.
+
+    Positions int32 [B, S]; without a cache lengths int32 [B] of keys that exist; with one `seen`, bool [B, T], which of its places hold
+    tokens of the row, and `slot`, int32, the place that the new tokens of all rows take.
 
     Cosines and sines of the positions' angles, float32 [B, S, 1, H], are the same for all layers: `Llama.decode` fills them in.
     """
 
     positions: Array
-    lengths: Array | None
+    lengths: Array | None = None
+    seen: Array | None = None
+    slot: Array | None = None
     cos: Array | None = None
     sin: Array | None = None
 
@@ -135,7 +141,11 @@ def _scaled(frequencies: Array, scaling: RopeScaling | None) -> Array:
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it and itself."""
+    """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it and itself.
+
+    Gives keys and values [B, K, S, H] of the tokens given too. A cache is read and not written: a layer that gave it back would be one of L
+    that copy it, in every step.
+    """
 
     config: LlamaConfig
     lora: LoraSpec | None
@@ -163,16 +173,15 @@ class SelfAttention(nn.Module):
         )
         q, k = rope(q, step.cos, step.sin, c.rope), rope(k, step.cos, step.sin, c.rope)
         if cache is None:
-            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
             y = attend(q, k, v, step.lengths, causal=True, impl=c.attention)
             if self.is_mutable_collection("attention") and not self.is_initializing():
                 self.sow("attention", "weights", attention_weights(q, k, step.lengths, causal=True))
         else:
-            rows, here = jnp.arange(x.shape[0]), step.positions[:, 0]
-            keys, values = cache[0].at[rows, :, here].set(k[:, 0]), cache[1].at[rows, :, here].set(v[:, 0])
-            y = attend_cached(q, keys, values, here + 1)
+            assert step.seen is not None
+            keys, values = cache
+            y = attend_cached(q, k, v, keys, values, step.seen)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
-        return y[:, :length], (keys, values)
+        return y[:, :length], (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 class SwiGlu(nn.Module):
@@ -234,14 +243,20 @@ class Llama(nn.Module):
         c = self.config
         cos, sin = angles(step.positions, c.head_dim, c.rope_theta, c.rope_scaling)
         step = dataclasses.replace(step, cos=cos, sin=sin)
+        new: Cache
         if c.stacked:
-            x, cache = self.layers(x, cache, step)
-            return self.norm(x), cache
-        caches: list[Cache] = []
-        for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
-            x, new = layer(x, past, step)
-            caches.append(new)
-        return self.norm(x), tuple(caches)
+            x, new = self.layers(x, cache, step)
+        else:
+            made = []
+            for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
+                x, own = layer(x, past, step)
+                made.append(own)
+            new = tuple(made)
+        if cache is not None:
+            assert step.slot is not None
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step.slot, axis=-2)
+            new = jax.tree.map(write, cache, new)
+        return self.norm(x), new
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] -> float32 [..., V]."""
@@ -267,4 +282,6 @@ def _dense(
     return Dense(features, axes, in_axes, use_bias=False, lora=spec, name=name, **how)
 
 
-jax.tree_util.register_dataclass(Step, data_fields=["positions", "lengths", "cos", "sin"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Step, data_fields=["positions", "lengths", "seen", "slot", "cos", "sin"], meta_fields=[]
+)

@@ -97,9 +97,18 @@ class Llava(nn.Module):
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return self.llm.logits(last[:, 0]), lengths, cache
 
-    def extend(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        """One more token [B] per row at its position [B]: logits float32 [B, V] and the updated cache."""
-        x, cache = self.llm.decode(self.llm.embed_tokens(tokens[:, None]), Step(positions[:, None], None), cache)
+    def extend(self, tokens: Array, positions: Array, cache: Cache, seen: Array, slot: Array) -> tuple[Array, Cache]:
+        """One more token per row.
+
+        Args:
+            tokens, positions: int32 [B], and where in its row each stands.
+            cache: keys and values; seen: bool [B, T], which of its places are the row's; slot: int32, where the new ones go, in all rows.
+
+        Returns:
+            Logits float32 [B, V] and the updated cache.
+        """
+        step = Step(positions[:, None], seen=seen, slot=slot)
+        x, cache = self.llm.decode(self.llm.embed_tokens(tokens[:, None]), step, cache)
         return self.llm.logits(x[:, 0]), cache
 
 

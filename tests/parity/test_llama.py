@@ -1,12 +1,14 @@
 """The decoder against transformers: grouped queries, padding, rotary positions and their scaling, cache, greedy generation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rad_jax.generate import decode_step
 from rad_jax.interop import foreign_configs, hf_llama, tables
 from rad_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from rad_jax.models.llava import Llava, LlavaConfig
@@ -106,10 +108,10 @@ def greedy(params, tokens, lengths, new):
     variables = {"params": {"llm": params}}
     logits, positions, cache = model.apply(variables, tokens, lengths, None, method="prefill")
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), cache)
-    extend = jax.jit(lambda *arguments: model.apply(variables, *arguments, method="extend"))
+    extend = jax.jit(functools.partial(decode_step, model, variables, room=new))
     seen = [logits]
     for step in range(new - 1):
-        logits, cache = extend(jnp.argmax(logits, -1).astype(jnp.int32), positions + step, cache)
+        logits, cache = extend(jnp.argmax(logits, -1).astype(jnp.int32), step, positions, cache)
         seen.append(logits)
     cached = jnp.stack(seen, axis=1)
     return np.asarray(jnp.argmax(cached, -1)), cached

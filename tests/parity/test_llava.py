@@ -107,7 +107,9 @@ def test_projector_of_one_matrix(model, parity, on_disk):
     params["projector"] = {"fc1": {"kernel": one.weight.detach().numpy().T, "bias": one.bias.detach().numpy()}}
     config = dataclasses.replace(CONFIG, projector="linear")
     ours = Llava(config).apply({"params": params}, TOKENS, LENGTHS, IMAGES, PREDICTING)
-    parity.forward("LLaVA with a linear projector, logits", f"{AGAINST}, torch Linear", ours, their_logits(model).detach())
+    parity.forward(
+        "LLaVA with a linear projector, logits", f"{AGAINST}, torch Linear", ours, their_logits(model).detach()
+    )
 
 
 # OpenAI CLIP's (LLaVA-1.5) and SigLIP's, whose first token is a patch.

@@ -1,5 +1,6 @@
 """Trained weights against values computed elsewhere in float64: random weights forgive what trained ones do not."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rad_jax.generate import decode_step
 from rad_jax.interop import hf_bert, llama2c, tables
 from rad_jax.models.bert import Bert, BertConfig
 from rad_jax.models.llava import Llava, LlavaConfig
@@ -27,11 +29,11 @@ def test_trained_llama_in_meta_layout(parity, real):
     # Logits of size 8 after five layers in float32, against float64.
     parity.forward("Llama of 260 K, BOS logits", "float64 golden", logits[0], expected["bos_step_logits"], 5e-5)
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, len(ids)), (0, 0))), cache)
-    extend = jax.jit(lambda *arguments: model.apply({"params": params}, *arguments, method="extend"))
+    extend = jax.jit(functools.partial(decode_step, model, {"params": params}, room=len(ids)))
     written = [ids[0]]
     for step in range(len(ids) - 1):
         written.append(int(jnp.argmax(logits[0])))
-        logits, cache = extend(jnp.asarray(written[-1:]), position + step, cache)
+        logits, cache = extend(jnp.asarray(written[-1:]), step, position, cache)
     parity.equal(f"Llama of 260 K, {len(ids)} greedy ids", "float64 golden", written, ids)
 
 
