@@ -58,6 +58,12 @@ def define_flags() -> None:
         ["float32", "bfloat16"],
         "To compute in; without it as the run was trained, for a converted base float32.",
     )
+    flags.DEFINE_enum(
+        "attention",
+        "xla",
+        ["xla", "splash", "cudnn"],
+        "How it is computed: splash is for TPUs, cudnn for NVIDIA GPUs in 16 bits, xla for any machine.",
+    )
     distributed.define_flags()
 
 
@@ -111,7 +117,7 @@ class Writer:
                 f"--fsdp={options.fsdp} x --tensor={options.tensor} does not divide the {jax.device_count()} devices here."
             )
         self._mesh, self._shares = sharding.make_mesh(copies, options.fsdp, options.tensor), copies * options.fsdp
-        task, self._variables = tasks.restore(self._run, self._mesh, options.dtype)
+        task, self._variables = tasks.restore(self._run, self._mesh, options.dtype, options.attention)
         vision = task.model.config.vision
         if not isinstance(task, tasks.Generative) or vision is None:
             raise UserError(f"{options.checkpoint} cannot write findings of an image: give a run of stage 2 or 3.")
@@ -123,7 +129,7 @@ class Writer:
 
     def settings(self, corpus: Any) -> dict[str, Any]:
         """What texts depend on."""
-        names = ("split", "selection", "pixels", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
+        names = ("split", "selection", "pixels", "max_new_tokens", "temperature", "top_p", "seed", "dtype", "attention")
         chosen = {name: getattr(self._options, name) for name in names}
         data = corpus.identity(self._options.split, self._options.selection)
         return {"checkpoint": self._run.sha256, "corpus": data["fingerprint"], **chosen}

@@ -134,7 +134,7 @@ def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Progra
 def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, max_new_tokens: int) -> Program:
     """Prefill of `rows` prompts of up to `config.data.text_length` tokens, and greedy decoding of up to `max_new_tokens` more.
 
-    As `launch.generate` does it: XLA's attention, and no 8-bit weights.
+    As `launch.generate` does it with --attention as in the config, and no 8-bit weights.
 
     Raises: as `compile_training`.
     """
@@ -142,8 +142,6 @@ def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, 
     config = config.copy_and_resolve_references()
     if config.frozen_dtype == "int8":
         config.frozen_dtype = "bfloat16"
-    for part in ("vision", "llm"):
-        config.model[part].attention = "xla"
     task = tasks.make_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     variables = jax.tree.map(

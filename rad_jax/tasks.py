@@ -21,6 +21,7 @@ from rad_jax.contrastive import contrastive_loss
 from rad_jax.errors import UserError
 from rad_jax.images import normalise
 from rad_jax.lora import LoraSpec
+from rad_jax.models.attention import Impl
 from rad_jax.models.bert import BertConfig
 from rad_jax.models.clip import Clip, ClipConfig
 from rad_jax.models.llama import LlamaConfig, RopeScaling
@@ -119,13 +120,16 @@ def make_task(config: Any) -> "Generative | Contrastive":
     return Contrastive(Clip(shape)) if isinstance(shape, ClipConfig) else Generative(Llava(shape), config.dropout_bits)
 
 
-def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative | Contrastive, Tree]":
+def restore(
+    run: Run, mesh: Mesh, dtype: str | None = None, attention: Impl = "xla"
+) -> "tuple[Generative | Contrastive, Tree]":
     """The task of a finished run or a base, and its variables placed on the mesh.
 
     Args:
         run: as `checkpoint.load_run` gives it.
         mesh: the devices.
         dtype: to hold the weights and to compute in; without it the run's own, for a base float32.
+        attention: implementation (models.attention); not the run's own, which may be for another machine.
 
     Raises:
         UserError: the run and its bases do not give every variable, or are no whole model.
@@ -136,7 +140,7 @@ def restore(run: Run, mesh: Mesh, dtype: str | None = None) -> "tuple[Generative
     if config.task == "tower":
         raise UserError(f"{run.path} is an image tower alone: name it in --base of a training, with what it lacks.")
     for part in {"vision", "text", "llm"} & set(config.model):
-        config.model[part].attention = "xla"  # a run trained with a GPU's attention is read on any machine
+        config.model[part].attention = attention
         config.model[part].dtype = dtype or config.model[part].get("dtype", "float32")
     task = make_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(0))

@@ -71,7 +71,7 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
         "out": "x",
         "image": None,
     }
-    options |= {"temperature": 0.0, "top_p": 1.0, "seed": 0, "dtype": None, "fsdp": 1, "tensor": 1}
+    options |= {"temperature": 0.0, "top_p": 1.0, "seed": 0, "dtype": None, "attention": "xla", "fsdp": 1, "tensor": 1}
     writer = command.Writer(types.SimpleNamespace(**options))
     said = {
         n: row["prediction"]

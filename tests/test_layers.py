@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rad_jax.lora import LoraSpec
+from rad_jax.models.attention import attend_cached
 from rad_jax.models.layers import Dense, dropped, together
 from rad_jax.models.llama import Llama, LlamaConfig
 
@@ -107,3 +108,24 @@ def test_the_way_of_a_tpu_gives_the_same():
 
     for one, other in zip(*(jax.tree.leaves(found(way)) for way in ways), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * float(jnp.abs(one).max()))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_one_token_by_the_way_of_a_tpu(kv_heads):
+    """Attention over a cache with rows of zeros beside the token's own, against softmax written out in float64."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 2, 16)), *rng.normal(size=(2, 3, 1, kv_heads, 16))
+    keys, values = rng.normal(size=(2, 3, kv_heads, 40, 16))
+    seen = np.arange(40) < np.array([40, 7, 1])[:, None]
+    seen[1, 20:25] = True
+    for impl in ("xla", "splash"):
+        one, before, cached, after, stored = (jnp.asarray(x, jnp.float32) for x in (q, k, keys, v, values))
+        found = attend_cached(one, before, after, cached, stored, jnp.asarray(seen), impl=impl)
+        for row in range(3):
+            for head in range(2):
+                own = head * kv_heads // 2
+                them = np.concatenate([keys[row, own][seen[row]], k[row, 0, own][None]])
+                scores = them @ q[row, 0, head] / 4
+                weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+                wanted = weights @ np.concatenate([values[row, own][seen[row]], v[row, 0, own][None]])
+                np.testing.assert_allclose(found[row, 0, head], wanted, rtol=0, atol=2e-6)  # float32

@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
         else:
             assert step.seen is not None
             keys, values = cache
-            y = attend_cached(q, k, v, keys, values, step.seen)
+            y = attend_cached(q, k, v, keys, values, step.seen, impl=c.attention)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
         return y[:, :length], (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
