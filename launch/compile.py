@@ -125,9 +125,10 @@ def page(found: dict[str, Any]) -> str:
     memory, schedule, gib = found["memory"], found["schedule"], 2**30
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
     share = found["peak_hbm_bytes"] / found["hbm_bytes"]
+    written = f" and up to {found['new_tokens']} written" if "new_tokens" in found else ""
     lines = [
         f"{found['chips']} chips, mesh {mesh}; {found['global_batch']} rows in {found['num_micro']} turns, {found['sequence_length']} tokens a "
-        f"row, of them {found['real_tokens']:.0f} real; remat {found['remat']}, frozen weights {found['frozen_dtype']}",
+        f"row{written}, of them {found['real_tokens']:.0f} real; remat {found['remat']}, frozen weights {found['frozen_dtype']}",
         f"parameters        {found['trainable_params']:,} trainable, {found['frozen_params']:,} frozen",
         f"memory per chip   {found['peak_hbm_bytes'] / gib:.2f} GiB at the peak, {share:.0%} of {found['hbm_bytes'] / gib:.2f}; arguments "
         f"{memory['arguments'] / gib:.2f}, temporaries {memory['temporaries'] / gib:.2f}",
