@@ -97,7 +97,8 @@ def options(chain, tiny_corpus):
         "temperature": 0.0,
         "top_p": 1.0,
         "seed": 3,
-        "dtype": None, "attention": "xla",
+        "dtype": None,
+        "attention": "xla",
         "selection": "all",
     }
     return lambda out, **changes: SimpleNamespace(**{**given, "out": str(out), **changes})
