@@ -8,7 +8,7 @@ import json
 import re
 import resource
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,13 +57,13 @@ def decode(data: bytes, what: str, dicom: str) -> tuple[dict[str, Any], bytes]:
     return {**told, "shape": pixels.shape}, np.ascontiguousarray(pixels).tobytes()
 
 
-def send(file: BinaryIO, head: dict[str, Any], data: bytes) -> None:
+def send(file: IO[bytes], head: dict[str, Any], data: bytes) -> None:
     file.write(json.dumps({**head, "size": len(data)}).encode() + b"\n")
     file.write(data)
     file.flush()
 
 
-def receive(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+def receive(file: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     """The next frame, or None at the end of the file."""
     line = file.readline()
     if not line.endswith(b"\n"):

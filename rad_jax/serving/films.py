@@ -185,9 +185,7 @@ def from_url(url: str) -> bytes:
     try:
         return base64.b64decode(url.partition(",")[2], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            400, "the image's base64 is damaged.", code="invalid_image_url", param="messages"
-        ) from error
+        raise ApiError(400, "the image's base64 is damaged.", code="invalid_image_url", param="messages") from error
 
 
 def seen(shape: tuple[int, int], size: int) -> list[float]:
