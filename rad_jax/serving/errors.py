@@ -44,6 +44,8 @@ class ApiError(HTTPException):
         headers = {"Retry-After": str(retry_after)} if retry_after else {}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if status in (408, 413):
+            headers["Connection"] = "close"  # the rest of the body is not waited for
         super().__init__(status, message, headers or None)
         self.code, self.param = code, param
 

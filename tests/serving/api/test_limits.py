@@ -157,6 +157,7 @@ def test_a_decoder_that_dies_is_started_again(reader, made):
     reader.decode(data, "window")
     worker = reader._idle.get()
     worker._process.kill()
+    worker._process.wait()
     reader._idle.put(worker)
     assert reader.decode(data, "window").pixels.shape == (40, 30)
     first = worker._process.pid
