@@ -71,11 +71,14 @@ def check_picture(data: bytes, name: str) -> None:
 def dicom_header(data: bytes, name: str) -> Header:
     """Of a DICOM; the file's own header is read, pixels and all else are left where they are."""
     import pydicom
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.filereader import read_dataset
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        syntax = str(read_file_meta_info(io.BytesIO(data)).get("TransferSyntaxUID", ""))  # type: ignore[arg-type]
+        file = io.BytesIO(data)
+        file.seek(132)  # the group of the file itself is never compressed (PS3.10 section 7.1)
+        own = read_dataset(file, False, True, stop_when=lambda tag, _, __: tag >> 16 != 2)
+        syntax = str(own.get("TransferSyntaxUID", ""))
         if syntax == DEFLATED:
             raise UserError(f"{name}: a deflated DICOM, which could hold anything: send it uncompressed")
         dataset = pydicom.dcmread(io.BytesIO(data))

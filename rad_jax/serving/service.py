@@ -62,6 +62,10 @@ class Service:
             UserError: it can never be answered.
         """
         self.check()
+        try:
+            request.question.encode()
+        except UnicodeEncodeError:  # JSON can spell halves of characters
+            raise ApiError(400, "the text is no valid Unicode.", code="invalid_value") from None
         record = http.state.record
         record.update(question_characters=len(request.question), max_new_tokens=request.max_new_tokens)
         try:

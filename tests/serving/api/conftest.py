@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
+import torch
 import uvicorn
 from PIL import Image
 
