@@ -147,6 +147,7 @@ def serve(
     """Answers until SIGTERM or Ctrl-C. Logs are ours alone; uvicorn's would hold query strings, and values of exceptions."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would put films on the disk
     forbid_connections()
+    app.state.service.films.start()
     config = uvicorn.Config(
         app,
         host=host,

@@ -4,6 +4,7 @@ What a client sends is untrusted, and the codecs of DICOM are C and C++. Here a 
 process that holds nothing and can do nothing with the model. Frames are a line of JSON, then as many bytes as it says.
 """
 
+import contextlib
 import json
 import re
 import resource
@@ -24,6 +25,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    load_codecs()
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while request := receive(stdin):
         asked, data = request
@@ -35,6 +37,14 @@ def main() -> None:
         except MemoryError:
             answer, pixels = {"error": f"{NAME}: takes too much memory to decode"}, b""
         send(stdout, answer, pixels)
+
+
+def load_codecs() -> None:
+    """Imports what the first film would else wait for; a server without pydicom reads pictures alone."""
+    from PIL import JpegImagePlugin, PngImagePlugin  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import pydicom.pixels  # noqa: F401
 
 
 def decode(data: bytes, what: str, dicom: str) -> tuple[dict[str, Any], bytes]:

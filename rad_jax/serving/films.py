@@ -64,6 +64,13 @@ class Films:
             self._idle.put(_Worker())
         self._workers, self._waiting = workers, 0
 
+    def start(self) -> None:
+        """Starts the processes, which the first films would else wait for."""
+        workers = [self._idle.get() for _ in range(self._workers)]
+        for worker in workers:
+            worker.start()
+            self._idle.put(worker)
+
     def decode(self, data: bytes, dicom: str) -> Film:
         """Decodes, in this thread.
 
@@ -118,9 +125,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = start()
-        process = self._process
+        process = self.start()
         assert process.stdin and process.stdout
         late = threading.Timer(SECONDS, process.kill)
         late.daemon = True
@@ -136,6 +141,11 @@ class _Worker:
             self.close()
             raise UserError(f"{decoder.NAME}: cannot be decoded (its codec failed, or took too long).")
         return answer
+
+    def start(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = start()
+        return self._process
 
     def close(self) -> None:
         if self._process:
