@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -110,12 +110,14 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "")
-        if self.tokens is None and not is_loopback(_hostname(f"//{host}")):
-            return ApiError(403, "this server is for this machine alone: ask it by 127.0.0.1 or localhost.")
-        if (origin := headers.get(b"origin")) and urlsplit_netloc(origin) != host:
-            return ApiError(403, "another site's page may not use this server.")
-        if self.tokens is None or scope["path"] in OPEN:
+        if self.tokens is None:
+            host, origin = headers.get(b"host", ""), headers.get(b"origin")
+            if not is_loopback(_split(f"//{host}").hostname or ""):
+                return ApiError(403, "this server is for this machine alone: ask it by 127.0.0.1 or localhost.")
+            if origin is not None and _split(origin).netloc != host:
+                return ApiError(403, "another site's page may not use this server.")
+            return None
+        if scope["path"] in OPEN:
             return None
         kind, _, token = headers.get(b"authorization", "").partition(" ")
         name = name_of(token.strip(), self.tokens) if kind.lower() == "bearer" else None
@@ -125,15 +127,8 @@ class Guard:
         return None
 
 
-def _hostname(url: str) -> str:
+def _split(url: str) -> SplitResult:
     try:
-        return urlsplit(url).hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
-
-
-def urlsplit_netloc(url: str) -> str:
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return ""
+        return urlsplit("")

@@ -33,8 +33,7 @@ class BodyGate:
             return await self.app(scope, receive, send)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(announced) if announced.isdigit() else 0
-        refusal = self._refusal(size)
-        if refusal:
+        if refusal := self.refusal(size, size):
             return await error_response(refusal)(scope, receive, send)
         body = _Body(self, receive)
         body.hold(size)
@@ -43,10 +42,11 @@ class BodyGate:
         finally:
             self.held -= body.size
 
-    def _refusal(self, size: int) -> ApiError | None:
+    def refusal(self, size: int, more: int) -> ApiError | None:
+        """Why a body of this size, of which so many bytes are not held yet, cannot be taken; None if it can."""
         if size > BODY:
             return ApiError(413, f"the request is larger than {megabytes(BODY)}.", code="too_large")
-        if self.held + size > BODIES:
+        if self.held + more > BODIES:
             return ApiError(429, "too many large requests at once: try again.", code="busy", retry_after=1)
         return None
 
@@ -75,7 +75,7 @@ class _Body:
         self._whole = not message.get("more_body", False)
         more = self._arrived - self.size  # sent in chunks, without its length
         if more > 0:
-            if refusal := (self._gate._refusal(more) if self._arrived <= BODY else self._gate._refusal(self._arrived)):
+            if refusal := self._gate.refusal(self._arrived, more):
                 raise refusal
             self.hold(more)
         return message

@@ -88,7 +88,8 @@ def mutants(whole: list[bytes], count: int, seed: int) -> Iterator[bytes]:
 
 def resident(pid: int) -> dict[int, int]:
     """Bytes of anonymous memory by process: the server's and its children's."""
-    family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    family = [pid, *(int(child) for children in lists for child in children)]
     found = {}
     for one in family:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())

@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
@@ -254,6 +255,7 @@ def test_a_client_that_leaves_frees_its_slot(serve, made, stream, path):
     served.model.endless = True
     served.model._seconds = 0.01
     url = f"{served.url}/v1/{path}"
+    request: dict[str, Any]
     if path == "findings":
         request = {"files": {"file": made.png(made.grey())}, "data": {"stream": str(stream), "max_new_tokens": "512"}}
     else:
