@@ -73,11 +73,19 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         where, message = described(error.errors())
+        forget(error)
         return error_response(ApiError(400, message, code="invalid_value", param=where))
 
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(UserError, unusable)
     app.add_exception_handler(RequestValidationError, invalid)
+
+
+def forget(error: BaseException | None) -> None:
+    """Cuts exceptions from the frames that raised them, which hold them in turn, and with them a body of up to 50 MB."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def described(problems: Iterable[dict[str, Any]]) -> tuple[str | None, str]:

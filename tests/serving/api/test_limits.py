@@ -1,5 +1,6 @@
 """What is too large, too much, too slow, or not what it says."""
 
+import gc
 import io
 import signal
 import socket
@@ -290,11 +291,16 @@ def test_a_client_that_does_not_read_is_given_up(serve, made):
         assert made.until(lambda: 'route="/v1/film"' in httpx.get(f"{served.url}/metrics").text, 20)
 
 
-def test_memory_of_a_refused_body_is_given_back(plain):
-    body = b"x" * (30 * 10**6)
+def test_memory_of_refused_bodies_is_given_back_at_once(plain):
+    """Not at the next full collection of garbage, which in a process with a model may be long to come."""
+    body = b"x" * (20 * 10**6)
+    gc.disable()
     tracemalloc.start()
-    for _ in range(3):
-        assert httpx.post(f"{plain.url}/v1/chat/completions", content=body).status_code == 400
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held < len(body)
+    try:
+        for _ in range(4):
+            assert httpx.post(f"{plain.url}/v1/chat/completions", content=body).status_code == 400
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 1.5 * len(body)  # the last one may still be on its way out
