@@ -73,7 +73,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(chat_api.router(service))
     app.include_router(findings_api.router(service))
     add_plain_routes(app, service)
-    document_tokens(app)
+    complete_document(app)
     MultiPartParser.spool_max_size = limits.BODY + 1  # over this it would write to disk; no body comes so far
     app.add_middleware(limits.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
@@ -105,14 +105,16 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def document_tokens(app: FastAPI) -> None:
-    """Says in the OpenAPI document that routes take a bearer token, and leaves out the 422 that this server never gives."""
+def complete_document(app: FastAPI) -> None:
+    """Says in the OpenAPI document which model there is and that routes take a bearer token; leaves out the 422 that is never given."""
     made: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema:
             return app.openapi_schema
         document = made()
+        schemas = document["components"]["schemas"]
+        schemas["ChatRequest"]["properties"]["model"]["enum"] = [app.state.service.engine.info.name]
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
             for route in methods.values():
@@ -120,7 +122,7 @@ def document_tokens(app: FastAPI) -> None:
                 if path not in access.OPEN:
                     route["security"] = [{}, {"token": []}]
         for unused in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(unused, None)
+            schemas.pop(unused, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

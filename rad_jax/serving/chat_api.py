@@ -58,7 +58,13 @@ class ChatRequest(Strict):
     """What can change the answer is done or refused, never passed over; `user`, `metadata` and `store` change nothing."""
 
     model: str
-    messages: Annotated[list[Message], Field(description="One message of the user: text, and one image at most.")]
+    messages: Annotated[
+        list[Message],
+        Field(
+            description="One message of the user: text, and one image at most.",
+            json_schema_extra={"minItems": 1, "maxItems": 1},  # `content` says more than pydantic would
+        ),
+    ]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=limits.NEW_TOKENS)] | None = None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,14 @@ def test_schemathesis_finds_no_crash(plain):
         "--workers=1",
         "--phases=examples,coverage,fuzzing",
     ]
-    command += ["--checks=not_a_server_error,status_code_conformance,content_type_conformance", "--no-color"]
+    command += [
+        "--checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        "--no-color",
+    ]
     environment = {**os.environ, "HYPOTHESIS_DATABASE_FILE": os.devnull}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd="/")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"(\d{3,}) generated, \1 passed", done.stdout)
 
 
 @pytest.mark.slow
