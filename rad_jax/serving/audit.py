@@ -4,6 +4,7 @@ Neither holds anything of a patient: no text, no file name, no tag of a DICOM, n
 SHA-256 of its decoded pixels.
 """
 
+import asyncio
 import dataclasses
 import datetime
 import hashlib
@@ -129,9 +130,7 @@ class Recorder:
 
 
 async def send_within(send: Send, message: Message, seconds: float) -> None:
-    """Sends, and gives up on a client that does not read: Raises TimeoutError."""
-    import asyncio
-
+    """Sends; raises TimeoutError on a client that does not read."""
     async with asyncio.timeout(seconds):
         await send(message)
 
