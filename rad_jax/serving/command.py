@@ -87,6 +87,9 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
         raise UserError("BUNDLE is missing: the folder to serve (see --help).")
     if not 1 <= options["max_new_tokens"] <= limits.NEW_TOKENS:
         raise UserError(f"--max_new_tokens must be between 1 and {limits.NEW_TOKENS}.")
+    for name in ("timeout", "queue"):
+        if options[name] < 1:
+            raise UserError(f"--{name} must be at least 1.")
     if bool(options["certificate"]) != bool(options["key"]):
         raise UserError("--certificate and --key belong together: give both.")
     known = access.read_tokens(tokens) if tokens else None

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,18 +33,19 @@ sys.modules["scripted"] = scripted
 spec.loader.exec_module(scripted)
 from rad_jax.prompts import load_tokenizer
 from rad_jax.serving.engine import Engine
-port, log, seconds, tokenizer = sys.argv[1:]
+port, log, seconds, tokenizer, *tls = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 model = scripted.ScriptedModel(tokenizer, 2, float(seconds))
 engine = Engine(model, tokenizer, [False] * tokenizer.vocab_size, frozenset([tokenizer.eos_id]), scripted.INFO, 4, 64, 4096)
-app.serve(app.create_app(engine, app.Settings(audit=pathlib.Path(log))), "127.0.0.1", int(port))
+made = app.create_app(engine, app.Settings(audit=pathlib.Path(log)))
+app.serve(made, "127.0.0.1", int(port), **dict(zip(("certificate", "key"), map(pathlib.Path, tls))))
 """
 
 
 class Process:
     """That server, with its output in files."""
 
-    def __init__(self, folder: Path, tokenizer: Path, seconds: float = 0.0, prefix: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, tokenizer: Path, seconds: float, prefix: tuple[str, ...], tls: tuple[Path, ...]):
         import socket
 
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -60,6 +63,7 @@ class Process:
                     str(folder / "audit.jsonl"),
                     str(seconds),
                     str(tokenizer),
+                    *map(str, tls),
                 ],
                 cwd=ROOT,
                 stdout=out,
@@ -84,10 +88,10 @@ class Process:
 def process(tmp_path, small_tokenizer):
     made = []
 
-    def start(seconds=0.0, prefix=()):
+    def start(seconds=0.0, prefix=(), tls=()):
         folder = tmp_path / "server"
         folder.mkdir()
-        made.append(Process(folder, small_tokenizer.path, seconds, prefix))
+        made.append(Process(folder, small_tokenizer.path, seconds, prefix, tls))
         return made[-1]
 
     yield start
@@ -181,6 +185,26 @@ def test_sigterm_lets_what_runs_end_and_refuses_what_is_new(process, made):
     assert found[0].status_code == 200 and found[0].json()["findings"] == made.said(made.grey())
     assert served.process.wait(30) == 0
     assert (served.folder / "stderr").read_text() == ""
+
+
+def test_tls(process, made, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*make.split(), "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    served = process(tls=files)
+    context = ssl.create_default_context(cafile=str(files[0]))
+
+    def answers():
+        try:
+            return httpx.get(f"https://127.0.0.1:{served.port}/readyz", verify=context).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    assert made.until(answers, 60)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{served.port}/readyz")
 
 
 def namespaces() -> bool:
@@ -393,6 +417,8 @@ def command(*arguments, module="rad_jax.serving", cwd=ROOT):
         (["bundle", "--tokens=missing.txt"], "missing.txt: cannot be read"),
         (["--add_token=ward-3"], "--tokens is missing"),
         (["bundle", "--certificate=cert.pem"], "belong together"),
+        (["bundle", "--timeout=0"], "--timeout must be"),
+        (["bundle", "--max_new_tokens=513"], "between 1 and 512"),
         (["bundle", "--host=192.0.2.1", "--tokens={tokens}"], "cannot be listened on"),
         (["missing-bundle", "--port={port}"], "missing-bundle"),
     ],
