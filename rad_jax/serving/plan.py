@@ -1,5 +1,6 @@
 """How much memory a bundle needs on a card, counted before anything is loaded, and whether a build of PyTorch runs there at all."""
 
+import bisect
 import dataclasses
 import os
 import re
@@ -12,7 +13,9 @@ from rad_jax.serving.bundle import Bundle, Decoder, Tower
 GIB = 2**30
 MAX_TOKENS = 2048  # of a row: a film of 518 pixels has 1,369, the longest reason for an exam some 400, findings 256
 MOST_SLOTS = {"cuda": 16, "cpu": 8}
-PREFILL_TOKENS = 1024  # of prompts taken in together, if there are several: more would win nothing and hold up texts in progress
+PREFILL_TOKENS = (
+    1024  # of prompts taken in together, if there are several: more would win nothing and hold up texts in progress
+)
 # Beside tensors: on a card the CUDA context, cuBLAS's workspace and what the allocator cannot use (0.5 to 0.8 GiB on a V100 are
 # reported); on a CPU the interpreter with PyTorch.
 ALLOWANCE = {"cuda": int(0.7 * GIB), "cpu": int(0.5 * GIB)}
@@ -56,7 +59,6 @@ class Plan:
     scratch_bytes: int
     allowance: int
     slots: int
-    most_slots: int
     max_tokens: int
 
     @property
@@ -80,12 +82,7 @@ class Plan:
         }
         lines = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in parts.items() if size]
         head = f"memory plan, {self.card.name}, {self.dtype}: needs {self.batch_1 / GIB:.1f} of {self.card.free / GIB:.1f} GiB at batch 1"
-        tail = (
-            f"{self.slots} of {self.most_slots} slots that fit"
-            if self.slots < self.most_slots
-            else f"{self.slots} slots fit"
-        )
-        return "\n".join([f"{head}; {tail} ({self.total / GIB:.1f} GiB)", *lines])
+        return "\n".join([f"{head}; {self.slots} slots fit ({self.total / GIB:.1f} GiB)", *lines])
 
 
 def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slots: int | None = None) -> Plan:
@@ -111,7 +108,7 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
     def needed(rows: int) -> int:
         return fixed + rows * slot + temporary_bytes(c, bundle.tower, rows, max_tokens, item)
 
-    fitting = max((rows for rows in range(1, wanted + 1) if needed(rows) <= card.free), default=0)
+    fitting = bisect.bisect_right(range(1, wanted + 1), card.free, key=needed)
     if not fitting or (slots is not None and fitting < slots):
         many = "a single row" if not fitting else f"{slots} slots"
         advice = f"use --slots={fitting}" if fitting else _smaller(weights, dtype)
@@ -129,7 +126,6 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
         scratch_bytes=scratch,
         allowance=ALLOWANCE[card.kind],
         slots=fitting,
-        most_slots=fitting,
         max_tokens=max_tokens,
     )
 
