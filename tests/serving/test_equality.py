@@ -7,6 +7,7 @@ import pytest
 from rad_jax import images
 from rad_jax.generate import generate
 from rad_jax.grounding import attention_to_image
+from rad_jax.interop.verify import as_stored
 from rad_jax.models.llava import Llava
 from rad_jax.prompts import load_tokenizer, question, render_v1
 from rad_jax.serving import reference
@@ -31,11 +32,12 @@ def padded(rows):
 def texts_of_jax(example, films, reasons):
     """Greedy, with the adapters beside the weights."""
     tokenizer, size = load_tokenizer(example.tokenizer), example.config.vision.image_size
+    variables, config = as_stored(example.exported(), "float32", merged=False)
     tokens, length = padded([render_v1(tokenizer, question(reason), None).ids for reason in reasons])
     batch = {"image": np.stack([square(film, size) for film in films]), "tokens": tokens, "length": length}
-    model, key = Llava(example.config), jax.random.key(0)
+    model, key = Llava(config), jax.random.key(0)
     with jax.default_matmul_precision("highest"):
-        ids = generate(model, example.variables, batch, key, max_new_tokens=TOKENS, eos_id=tokenizer.eos_id)
+        ids = generate(model, variables, batch, key, max_new_tokens=TOKENS, eos_id=tokenizer.eos_id)
     return [tokenizer.decode(row) for row in np.asarray(ids).tolist()]
 
 
@@ -78,6 +80,7 @@ def test_attention_is_that_of_jax(bundle, engine):
     """Mean over all heads of the last half of the layers, from where the token was chosen."""
     example, _ = bundle()
     ours, tokenizer = engine(), load_tokenizer(example.tokenizer)
+    variables, config = as_stored(example.exported(), "float32", merged=False)
     streams = [
         ours.submit(Request(film, question(r), 6, attention=i != 1)) for i, (film, r) in enumerate(example.studies)
     ]
@@ -88,7 +91,7 @@ def test_attention_is_that_of_jax(bundle, engine):
         ids = [*prompt, *(piece.token for piece in found)]
         at = np.arange(len(prompt) - 1, len(ids) - 1, dtype=np.int32)
         batch = {"image": film[None], "tokens": np.array([ids], np.int32), "length": np.array([len(ids)], np.int32)}
-        weights = np.asarray(attention_to_image(Llava(example.config), example.variables, batch, at[None]))[0]
+        weights = np.asarray(attention_to_image(Llava(config), variables, batch, at[None]))[0]
         depth = len(weights)
         expected = weights[depth // 2 :].mean((0, 1))
         expected /= expected.sum(-1, keepdims=True)
