@@ -1,5 +1,6 @@
 """How much memory a bundle needs on a card, counted before anything is loaded, and whether a build of PyTorch runs there at all."""
 
+import bisect
 import dataclasses
 import os
 import re
@@ -58,7 +59,6 @@ class Plan:
     scratch_bytes: int
     allowance: int
     slots: int
-    most_slots: int
     max_tokens: int
 
     @property
@@ -82,12 +82,7 @@ class Plan:
         }
         lines = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in parts.items() if size]
         head = f"memory plan, {self.card.name}, {self.dtype}: needs {self.batch_1 / GIB:.1f} of {self.card.free / GIB:.1f} GiB at batch 1"
-        tail = (
-            f"{self.slots} of {self.most_slots} slots that fit"
-            if self.slots < self.most_slots
-            else f"{self.slots} slots fit"
-        )
-        return "\n".join([f"{head}; {tail} ({self.total / GIB:.1f} GiB)", *lines])
+        return "\n".join([f"{head}; {self.slots} slots fit ({self.total / GIB:.1f} GiB)", *lines])
 
 
 def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slots: int | None = None) -> Plan:
@@ -113,7 +108,7 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
     def needed(rows: int) -> int:
         return fixed + rows * slot + temporary_bytes(c, bundle.tower, rows, max_tokens, item)
 
-    fitting = max((rows for rows in range(1, wanted + 1) if needed(rows) <= card.free), default=0)
+    fitting = bisect.bisect_right(range(1, wanted + 1), card.free, key=needed)
     if not fitting or (slots is not None and fitting < slots):
         many = "a single row" if not fitting else f"{slots} slots"
         advice = f"use --slots={fitting}" if fitting else _smaller(weights, dtype)
@@ -131,7 +126,6 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
         scratch_bytes=scratch,
         allowance=ALLOWANCE[card.kind],
         slots=fitting,
-        most_slots=fitting,
         max_tokens=max_tokens,
     )
 

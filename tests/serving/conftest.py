@@ -35,6 +35,7 @@ TOWERS: dict[str, tuple[bool, dict[str, Any], RopeScaling | None]] = {
     "vit": (False, {}, RopeScaling("linear", 2.0)),
     "clip": (False, MODELS.OTHER_TOWERS["CLIP"], RopeScaling("llama3", 4.0, original_max_positions=32)),
     "siglip": (False, MODELS.OTHER_TOWERS["SigLIP"], None),
+    "wide": (True, {}, None),
 }
 
 
@@ -51,7 +52,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any,
 
     def make(kind: str = "dinov2", dtype: str = "float32") -> tuple[Any, Path]:
         if (kind, dtype) not in made:
-            example, folder = MODELS.make_example(root / "tokenizer.json", *TOWERS[kind]), root / f"{kind}-{dtype}"
+            wide = {"width": 128, "mlp_dim": 192} if kind == "wide" else {}  # NF4 has blocks of 64
+            example = MODELS.make_example(root / "tokenizer.json", *TOWERS[kind], **wide)
+            folder = root / f"{kind}-{dtype}"
             export(example.exported(), "hf", folder, dtype)
             made[kind, dtype] = example, folder
         return made[kind, dtype]
