@@ -75,15 +75,15 @@ class Model:
         self.slots, self.max_tokens = slots, max_tokens
         c, like = decoder, weights.embedding
         self._new = {"dtype": like.dtype, "device": like.device}
-        self.cache = torch.zeros((c.depth, slots, max_tokens, 2 * c.kv_heads, c.head_dim), **self._new)
-        self._flat = self.cache.view(c.depth, slots * max_tokens, -1)
+        # Keys and values of a head lie together: a step reads all of them, and reads memory for most of its time.
+        self.keys, self.values = torch.zeros((2, c.depth, slots, c.kv_heads, max_tokens, c.head_dim), **self._new)
         cos, sin = rotary(c, max_tokens)
         self._cos, self._sin = cos.to(**self._new), sin.to(**self._new)
         # Ids that are no text are never the largest.
         self._bias = torch.zeros(c.vocab_size, **self._new)
         self._bias[list(suppressed)] = -math.inf
         self._places = torch.arange(max_tokens, device=like.device)
-        self._starts = torch.arange(slots, device=like.device) * max_tokens
+        self._starts = torch.arange(slots * c.kv_heads, device=like.device).view(slots, -1) * max_tokens
         self._graphs: Graphs | None = None
         if like.device.type == "cuda":
             nobody = Maps((), c.depth, tower.patches)
@@ -126,21 +126,23 @@ class Model:
         positions = torch.cat([self._places[:length] for length in lengths])
         cos, sin = self._cos[positions, None], self._sin[positions, None]
         maps = Maps(places, c.depth, patches)
+        last = torch.tensor(ends, device=x.device) - 1
         for number, layer in enumerate(self.weights.layers):
             heads = self._heads(layer, x, cos, sin)
+            final = number == c.depth - 1  # of its outputs only the last of each prompt is used
             mixed = []
             for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
-                own = heads[end - length : end]
-                self.cache[number, slot + row, :length] = own[:, c.heads :]
-                q, k, v = own.transpose(0, 1).split((c.heads, c.kv_heads, c.kv_heads))
+                q, k, v = heads[end - length : end].transpose(0, 1).split((c.heads, c.kv_heads, c.kv_heads))
+                self.keys[number, slot + row, :, :length], self.values[number, slot + row, :, :length] = k, v
+                q = q[:, -1:] if final else q
                 y = F.scaled_dot_product_attention(
-                    q[None], k[None], v[None], is_causal=True, enable_gqa=c.heads != c.kv_heads
+                    q[None], k[None], v[None], is_causal=not final, enable_gqa=c.heads != c.kv_heads
                 )
-                mixed.append(y[0].transpose(0, 1).reshape(length, -1))
-                maps.add(row, number, own[-1, : c.heads], k.transpose(0, 1))
-            x = self._feed(layer, torch.addmm(x, torch.cat(mixed), layer.out.turned))
-        last = torch.tensor(ends, device=x.device) - 1
-        return self._logits(x[last]), maps.finished(self.tower.side)
+                mixed.append(y[0].transpose(0, 1).reshape(q.shape[1], -1))
+                maps.add(row, number, q[:, -1], k)
+            x = torch.addmm(x[last] if final else x, torch.cat(mixed), layer.out.turned)
+            x = self._feed(layer, x)
+        return self._logits(x), maps.finished(self.tower.side)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> tuple[Tensor, list[np.ndarray | None]]:
@@ -158,7 +160,8 @@ class Model:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Takes what the slot `source` holds over to `target`."""
-        self.cache[:, target, :length] = self.cache[:, source, :length]
+        for kept in (self.keys, self.values):
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
     def _step(self, tokens: Tensor, lengths: Tensor, longest: int, uneven: bool, maps: "Maps") -> Tensor:
         """A step over the first `longest` tokens of the slots. `lengths` int [B] are without the new token."""
@@ -166,25 +169,21 @@ class Model:
         group = c.heads // c.kv_heads
         x = F.embedding(tokens, self.weights.embedding)
         cos, sin = self._cos[lengths, None], self._sin[lengths, None]
-        index = self._starts[:rows] + lengths
+        index = (self._starts[:rows] + lengths[:, None]).flatten()
         mask = None
         if uneven:
             hidden = self._places[:longest] > lengths[:, None]
             mask = torch.zeros(hidden.shape, **self._new).masked_fill_(hidden, -math.inf)[:, None, None]
         for number, layer in enumerate(self.weights.layers):
             heads = self._heads(layer, x, cos, sin)
-            self._flat[number].index_copy_(0, index, heads[:, c.heads :].reshape(rows, -1))
-            kept = self.cache[number, :rows, :longest].transpose(1, 2)
-            q = heads[:, : c.heads].view(rows, c.kv_heads, group, c.head_dim)
-            y = F.scaled_dot_product_attention(q, kept[:, : c.kv_heads], kept[:, c.kv_heads :], attn_mask=mask)
+            q, k, v = heads.split((c.heads, c.kv_heads, c.kv_heads), 1)
+            self.keys[number].view(-1, c.head_dim).index_copy_(0, index, k.reshape(-1, c.head_dim))
+            self.values[number].view(-1, c.head_dim).index_copy_(0, index, v.reshape(-1, c.head_dim))
+            keys, values = self.keys[number, :rows, :, :longest], self.values[number, :rows, :, :longest]
+            y = F.scaled_dot_product_attention(q.view(rows, c.kv_heads, group, -1), keys, values, attn_mask=mask)
             for row, place in enumerate(maps.places):
                 if place is not None:
-                    maps.add(
-                        row,
-                        number,
-                        heads[row, : c.heads],
-                        kept[row, : c.kv_heads, : int(lengths[row]) + 1].transpose(0, 1),
-                    )
+                    maps.add(row, number, q[row], keys[row, :, : int(lengths[row]) + 1])
             x = self._feed(layer, torch.addmm(x, y.reshape(rows, -1), layer.out.turned))
         return self._logits(x)
 
@@ -220,13 +219,13 @@ class Maps:
         self._sums: dict[int, Any] = {}
 
     def add(self, row: int, layer: int, q: Tensor, k: Tensor) -> None:
-        """Queries [N, H] of a row's last token and keys [T, K, H] of all its tokens."""
+        """Queries [N, H] of a row's last token and keys [K, T, H] of all its tokens."""
         place = self.places[row]
         if place is None or layer < self._depth // 2:
             return
         keys, (heads, width) = k.float(), q.shape
-        grouped = q.float().view(keys.shape[1], -1, width)
-        weights = torch.softmax(torch.einsum("kgh,tkh->kgt", grouped, keys) / math.sqrt(width), -1)
+        grouped = q.float().view(len(keys), -1, width)
+        weights = torch.softmax(torch.einsum("kgh,kth->kgt", grouped, keys) / math.sqrt(width), -1)
         seen = weights[..., place : place + self._patches].sum((0, 1)) / heads
         self._sums[row] = seen if row not in self._sums else self._sums[row] + seen
 

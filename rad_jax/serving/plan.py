@@ -12,7 +12,7 @@ from rad_jax.serving.bundle import Bundle, Decoder, Tower
 GIB = 2**30
 MAX_TOKENS = 2048  # of a row: a film of 518 pixels has 1,369, the longest reason for an exam some 400, findings 256
 MOST_SLOTS = {"cuda": 16, "cpu": 8}
-PREFILL_TOKENS = 4096  # of prompts taken in together, if there are several
+PREFILL_TOKENS = 1024  # of prompts taken in together, if there are several: more would win nothing and hold up texts in progress
 # Beside tensors: on a card the CUDA context, cuBLAS's workspace and what the allocator cannot use (0.5 to 0.8 GiB on a V100 are
 # reported); on a CPU the interpreter with PyTorch.
 ALLOWANCE = {"cuda": int(0.7 * GIB), "cpu": int(0.5 * GIB)}
