@@ -336,7 +336,7 @@ def test_keys_alone(browser: Chromium, serve: Callable[..., Any], film: Path) ->
     chooser = browser.call("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
     browser.call("DOM.setFileInputFiles", files=[str(film)], nodeId=chooser)
     ready(browser)
-    places = []
+    places: list[str] = []
     while not places or places[-1] != "write":
         browser.press(TAB)
         places.append(browser.js("document.activeElement.id"))
