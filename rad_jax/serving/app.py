@@ -77,7 +77,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     MultiPartParser.spool_max_size = limits.BODY + 1  # over this it would write to disk; no body comes so far
     app.add_middleware(limits.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
-    app.add_middleware(audit.Recorder, audit=log, seen=service.metrics.seen, send_seconds=settings.timeout)
+    app.add_middleware(audit.Recorder, audit=log, seen=service.metrics.seen)
     return app
 
 
@@ -161,7 +161,7 @@ def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=None,
+        timeout_graceful_shutdown=int(app.state.service.seconds) + 10,  # not for ever, for one that does not read
         h11_max_incomplete_event_size=64 * 1024,
         ssl_certfile=certificate,
         ssl_keyfile=key,

@@ -7,7 +7,6 @@ import socket
 import struct
 import tempfile
 import threading
-import time
 import tracemalloc
 import zlib
 from typing import Any
@@ -273,22 +272,6 @@ def leave(url, request):
     with httpx.stream("POST", url, **request) as answer:
         next(answer.iter_bytes())
     raise httpx.ReadTimeout("left")
-
-
-def test_a_client_that_does_not_read_is_given_up(serve, made):
-    served = serve(timeout=1)
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        data = made.png(np.random.default_rng(0).integers(0, 256, (2000, 2000), np.uint8))
-        head = (
-            "POST /v1/film HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-            f"Content-Length: {len(data) + 91}\r\n\r\n"
-            '--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
-        )
-        connection.sendall(head.encode() + data + b"\r\n--b--\r\n" + b" " * 40)
-        time.sleep(0.1)
-        state = served.app.state.service
-        assert state.films._waiting <= 1
-        assert made.until(lambda: 'route="/v1/film"' in httpx.get(f"{served.url}/metrics").text, 20)
 
 
 def test_memory_of_refused_bodies_is_given_back_at_once(plain):
