@@ -10,6 +10,9 @@ suites
                   must give the same loss at every step. Two to four minutes.
   projector_step  the same with the projector alone trained.
   decode          greedy writing at batch 1 and 8: 64 tokens after a prompt of 320; both must write the same. A minute or two.
+  serve           eight requests at once, with texts as long as findings are, of a served bundle of random weights: ours is the engine of
+                  rad_jax.serving; theirs is transformers' generate, the eight padded in one batch, and one after the other; then a single
+                  request. At three sizes, two to four minutes; all tokens must be equal. Also seconds until the first token.
   weights         a language model of Vicuna-7B's width with random weights, as two torch files: ours is launch.convert and
                   launch.export with a LoRA adapter merged, both streaming; theirs is from_pretrained and save_pretrained, and merging
                   with peft. Every step is a process of its own. All 32 layers take about 45 GB of disk; what the next step does not
@@ -42,11 +45,11 @@ from rad_jax import errors
 _SUITE = flags.DEFINE_enum(
     "suite",
     "weights",
-    ["train_step", "projector_step", "decode", "weights", "input", "intervals", "labels"],
+    ["train_step", "projector_step", "decode", "serve", "weights", "input", "intervals", "labels"],
     "What is timed; see above.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, in the first three suites.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, in the first three suites.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, in the first four suites.", lower_bound=1)
+_THREADS = flags.DEFINE_integer("threads", 2, "Cores that each side may use, in the first four suites.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model in `weights`; 32 is Vicuna-7B.", lower_bound=1)
 _DIR = flags.DEFINE_string(
     "dir", "out/benchmark", "Folder for `weights` and `input` to work in; what is made there is deleted again."
@@ -66,7 +69,7 @@ _JSON = flags.DEFINE_string("json", None, "File for the rows.")
 
 
 def main(_: Sequence[str]) -> None:
-    from launch.benchmarks import films, host, llava, pairs, weights
+    from launch.benchmarks import films, host, llava, pairs, serve, weights
 
     if _SUITE.value == "weights":
         rows = weights.run(Path(_DIR.value) / "weights", _LAYERS.value)
@@ -78,6 +81,9 @@ def main(_: Sequence[str]) -> None:
         pairs.table(rows)
         host.table(fed)
         rows[0]["hosts"] = fed
+    elif _SUITE.value == "serve":
+        rows = serve.run(_ROUNDS.value, _THREADS.value)
+        pairs.table(rows)
     elif _SUITE.value in ("intervals", "labels"):
         from evaluation import benchmark
 

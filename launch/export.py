@@ -1,4 +1,4 @@
-"""Exports a model to other programs: PyTorch, peft, LLaVA-Rad's own code, open_clip.
+"""Exports a model to other programs: PyTorch, peft, LLaVA-Rad's own code, open_clip, llama.cpp.
 
     python -m launch.export --checkpoint=RUN_OF_STAGE_3 --data=CORPUS --out=BUNDLE
     python -m launch.export --checkpoint=bases/llava-rad --format=llava --out=llava-rad-lora
@@ -11,6 +11,8 @@ formats
   peft       the LoRA adapter for the language model alone
   llava      the files of microsoft/llava-rad: adapter, projector, tower; name --out llava-rad... so that its code takes them for that
   open_clip  both towers of stage 1
+  gguf       the language model for llama.cpp, adapters merged, its tokenizer inside, with --dtype=q8_0 in half the bytes. No mmproj: llama.cpp
+             computes this family's image towers wrongly, so that the file writes and continues text but sees no films
 
 Weights are written one at a time. With --data (formats hf, hf_adapter of an image-to-text model) the folder is then loaded in PyTorch,
 and token ids, pixels, image features, logits and greedy texts of held-out studies are compared with JAX in float32, which takes memory
@@ -38,13 +40,13 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an older --out once 
 _DATA = flags.DEFINE_string("data", None, "Packed corpus whose held-out studies are compared.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the corpus that they come from.")
 _FORMAT = flags.DEFINE_enum(
-    "format", "hf", ["hf", "hf_adapter", "peft", "llava", "open_clip"], "What to write; see above."
+    "format", "hf", ["hf", "hf_adapter", "peft", "llava", "open_clip", "gguf"], "What to write; see above."
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["float16", "float32", "keep"],
-    "Of the weights; without it float16 for hf and hf_adapter, and as they are for the others.",
+    ["float16", "float32", "keep", "q8_0"],
+    "Of the weights; without it float16 for hf, hf_adapter and gguf, and as they are for the others. q8_0 is for gguf alone.",
 )
 _STUDIES = flags.DEFINE_integer("studies", 4, "How many studies are compared.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Length of the compared texts.", lower_bound=1)
@@ -70,6 +72,7 @@ def main(_: Sequence[str]) -> None:
 def write(out: Path, model: Any) -> None:
     """Exports, and says what came of it."""
     from rad_jax.interop.export import export
+    from rad_jax.interop.gguf import VISION
     from rad_jax.interop.verify import FORMATS
 
     studies = []
@@ -81,13 +84,17 @@ def write(out: Path, model: Any) -> None:
         studies = held_out(model)
     if _FORMAT.value in FORMATS and model.tokenizer is None:
         print("warning: the checkpoint has no tokenizer: weights and configuration only (convert with --tokenizer).")
-    dtype = _DTYPE.value or ("float16" if _FORMAT.value in FORMATS else "keep")
+    if _DTYPE.value == "q8_0" and _FORMAT.value != "gguf":
+        raise UserError(f"--dtype=q8_0 is GGUF's own: --format={_FORMAT.value} is written without it.")
+    dtype = _DTYPE.value or ("float16" if _FORMAT.value in (*FORMATS, "gguf") else "keep")
     result = export(
         model, _FORMAT.value, out, dtype, studies=studies, max_new_tokens=_NEW_TOKENS.value, overwrite=_OVERWRITE.value
     )
     print(
         f"{out}: {result['bytes'] / 1e9:.2f} GB as {_FORMAT.value} ({dtype}) in {result['seconds']:.0f} s ({result['mb_per_s']:.0f} MB/s)."
     )
+    if _FORMAT.value == "gguf":
+        print(f"warning: {VISION}.")
     if "differences" in result:
         report(result["differences"])
     elif _FORMAT.value in FORMATS:

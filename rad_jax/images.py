@@ -7,11 +7,12 @@ on 8-bit values, long side rounded down, crop offset rounded half to even, the s
 another family brings its own).
 """
 
+import contextlib
 import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _DICOM_SUFFIXES = (".dcm", ".dicom", "")
 DICOM_STYLES = ("window", "mimic_cxr_jpg")
 PNG_LEVEL, _Z_RLE = 1, 3
+_DEEP = 65535
 _DEEP_MODES = ("I", "F")  # 16-bit PNGs open as "I" or "I;16..."
 
 
@@ -54,6 +56,36 @@ def load_grey(path: str | os.PathLike[str], dicom: str = "window") -> np.ndarray
         UserError: the file cannot be read, is cut short or damaged, has several frames, or is a colour DICOM.
     """
     return np.array(_open(path, dicom))
+
+
+def read_grey(data: bytes, name: str, dicom: str = "window") -> np.ndarray:
+    """`load_grey` of a file's contents; `name` is what errors call it, and a DICOM is what is neither PNG nor JPEG."""
+    return np.array(_decode(data, name)) if data.startswith(_SIGNATURES) else _decode_dicom(data, name, dicom)
+
+
+def read_deep(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """A film with all its shades, for a viewer with a window of its own.
+
+    DICOM passes its modality LUT or rescale and no window, MONOCHROME1 is inverted; PNG and JPEG are taken as they are.
+
+    Args:
+        data: contents of a PNG, JPEG or DICOM file.
+        name: what errors call it.
+
+    Returns:
+        uint16 [Y, X], spread from the darkest to the brightest value over 0..65535, and the values (black, white) of the DICOM's first
+        window on that scale; where there is none, the whole of it.
+
+    Raises:
+        UserError: as `load_grey`.
+    """
+    if not data.startswith(_SIGNATURES):
+        return _deep_dicom(data, name)
+    with _opened(data, name) as image:
+        deep = np.asarray(image) if image.mode.startswith(_DEEP_MODES) else None
+    if deep is None:  # 8 bits: 255 becomes 65535
+        return read_grey(data, name).astype(np.uint16) * np.uint16(257), (0, _DEEP)
+    return _scale(deep, deep.min(), deep.max(), _DEEP), (0, _DEEP)
 
 
 def load_short(path: str | os.PathLike[str], size: int, dicom: str = "window") -> tuple[np.ndarray, tuple[int, int]]:
@@ -248,15 +280,22 @@ def _open(path: str | os.PathLike[str], dicom: str) -> Image.Image:
 
 def _decode(data: bytes, name: str) -> Image.Image:
     """Decodes a PNG or JPEG to an image of mode L; Pillow refuses a file that ends early."""
+    with _opened(data, name) as image:
+        if image.mode.startswith(_DEEP_MODES):
+            return Image.fromarray(_spread(np.asarray(image)))
+        # Transparency carries no film; through RGB, because the luma of a palette is only defined there.
+        return image.copy() if image.mode == "L" else image.convert("RGB").convert("L")
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A decoded PNG or JPEG of one frame."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"{name}: has several frames, only single films can be read")
             image.load()
-            if image.mode.startswith(_DEEP_MODES):
-                return Image.fromarray(_spread(np.asarray(image)))
-            # Transparency carries no film; through RGB, because the luma of a palette is only defined there.
-            return image.copy() if image.mode == "L" else image.convert("RGB").convert("L")
+            yield image
     # The PNG reader raises SyntaxError and ValueError on damage, the JPEG reader OSError.
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: damaged or incomplete image ({_first_line(error)})") from error
@@ -264,9 +303,48 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 def _decode_dicom(data: bytes, name: str, style: str) -> np.ndarray:
     """Decodes a single-frame grey DICOM to uint8 [Y, X], as it is meant to be shown (DICOM PS3.3 C.11.1 and C.11.2) or in another style."""
+    with _parsed(data, name) as dataset:
+        from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+
+        stored = _stored_values(dataset)
+        if style == "mimic_cxr_jpg":
+            return _mimic_cxr_jpg(stored, dataset.PhotometricInterpretation == "MONOCHROME1")
+        values = apply_modality_lut(stored, dataset)
+        if dataset.get("VOILUTSequence"):
+            entries, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
+            table = apply_voi(np.arange(first, first + (entries or 2**16)), dataset)
+            grey = _scale(apply_voi(values, dataset), table.min(), table.max())
+        elif _has_window(dataset):
+            black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+            grey = _scale(apply_windowing(values, dataset), black, white)
+        else:
+            grey = values if values.dtype == np.uint8 else _spread(values)
+        return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _deep_dicom(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """`read_deep` of a DICOM."""
+    with _parsed(data, name) as dataset:
+        from pydicom.pixels import apply_modality_lut
+
+        values = apply_modality_lut(_stored_values(dataset), dataset)
+        low, high = float(values.min()), float(values.max())
+        ends = [0.0, float(_DEEP)]
+        if _has_window(dataset) and high > low:
+            centre, width = (_first_number(dataset[key].value) for key in ("WindowCenter", "WindowWidth"))
+            ends = [(centre + side * width / 2 - low) / (high - low) * _DEEP for side in (-1, 1)]
+        black, white = (round(min(max(end, 0.0), _DEEP)) for end in ends)
+        deep = _scale(values, low, high, _DEEP)
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            return _DEEP - deep, (_DEEP - white, _DEEP - black)
+        return deep, (black, white)
+
+
+@contextlib.contextmanager
+def _parsed(data: bytes, name: str) -> Iterator[Any]:
+    """A DICOM dataset of one grey frame; whatever its pixels then raise becomes a UserError."""
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
     except ImportError as error:
         raise UserError(f"{name}: reading DICOM needs the package pydicom") from error
     try:
@@ -275,24 +353,20 @@ def _decode_dicom(data: bytes, name: str, style: str) -> np.ndarray:
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
             _check_dicom(dataset, name)
-            stored = _stored_values(dataset)
-            if style == "mimic_cxr_jpg":
-                return _mimic_cxr_jpg(stored, dataset.PhotometricInterpretation == "MONOCHROME1")
-            values = apply_modality_lut(stored, dataset)
-            if dataset.get("VOILUTSequence"):
-                entries, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
-                table = apply_voi(np.arange(first, first + (entries or 2**16)), dataset)
-                grey = _scale(apply_voi(values, dataset), table.min(), table.max())
-            elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-                black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
-                grey = _scale(apply_windowing(values, dataset), black, white)
-            else:
-                grey = values if values.dtype == np.uint8 else _spread(values)
+            yield dataset
     except UserError:
         raise
     except Exception as error:  # pydicom and its codecs raise whatever the damaged bytes lead them to
         raise UserError(f"{name}: damaged or incomplete DICOM, or no codec for it ({_first_line(error)})") from error
-    return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _has_window(dataset: Any) -> bool:
+    return dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None
+
+
+def _first_number(value: Any) -> float:
+    """Of a DICOM element with one or more values."""
+    return float(value if isinstance(value, (str, float, int)) else value[0])
 
 
 def _mimic_cxr_jpg(stored: np.ndarray, inverted: bool) -> np.ndarray:
@@ -329,12 +403,13 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return _scale(values, values.min(), values.max())
 
 
-def _scale(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    """Maps black..white to uint8 0..255, rounding to the nearest."""
+def _scale(values: np.ndarray, black: float, white: float, top: int = 255) -> np.ndarray:
+    """Maps black..white to 0..top, rounding to the nearest: uint8, or uint16 where `top` is greater."""
+    kind = np.uint8 if top <= 255 else np.uint16
     if black == white:
-        return np.zeros(values.shape, np.uint8)
+        return np.zeros(values.shape, kind)
     unit = (values.astype(np.float64) - float(black)) / (float(white) - float(black))
-    return np.rint(unit * 255).astype(np.uint8)
+    return np.rint(unit * top).astype(kind)
 
 
 def _first_line(error: Exception) -> str:

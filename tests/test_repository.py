@@ -31,6 +31,7 @@ TOP_LEVEL = {
         "pyproject.toml",
         "requirements.txt",
         "requirements-dev.txt",
+        "requirements-serve.txt",
     ),
     *("README.md", "LICENSE", "NOTICE", "CHANGELOG.md"),
 }
@@ -264,6 +265,16 @@ def test_locks_agree():
     assert {package for package in library if tests.get(package) != library[package]} == {"torch"}
     assert "torchvision" not in library
     assert "tensorflow" not in {*library, *tests}
+
+
+def test_lock_of_the_server():
+    """It holds the versions that the tests judge, what the server imports, and none of the packages that it does without."""
+    server, library, tests = (lock(f"requirements{name}.txt") for name in ("-serve", "", "-dev"))
+    assert {package for package in server if library.get(package, server[package]) != server[package]} == set()
+    assert {package for package in server if tests.get(package, server[package]) != server[package]} == {"torch"}
+    assert not {*JAX, "absl-py", "transformers", "tensorflow-datasets", "openai"} & server.keys()
+    used = {"torch", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus-client", "pydicom", "numpy", "pillow"}
+    assert used | {"python-multipart", "python-gdcm", "safetensors", "tokenizers", "tqdm"} <= server.keys()
 
 
 def test_locks_meet_what_setup_asks_for(distribution: dict[str, Any]):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from rad_jax import FORMAT_VERSION
 from rad_jax.errors import UserError
-from rad_jax.interop import bundle, layouts, ranges, receipt, sources, verify
+from rad_jax.interop import bundle, gguf, layouts, ranges, receipt, sources, verify
 from rad_jax.interop.exported import Exported
 
 Writer = Callable[[Path, Exported, str, Callable[[int], object]], dict[str, str]]
@@ -19,6 +19,7 @@ WRITERS: dict[str, Writer] = {
     "peft": layouts.write_peft,
     "llava": layouts.write_llava,
     "open_clip": layouts.write_open_clip,
+    "gguf": gguf.write,
 }
 
 
@@ -38,7 +39,7 @@ def export(
         model: what goes out.
         format: a key of `WRITERS`.
         out: folder to make.
-        dtype: one of `shards.TARGETS`.
+        dtype: one of `shards.TARGETS`; for "gguf" one of `gguf.TYPES`.
         studies, max_new_tokens: as in `verify.verify`, for `verify.FORMATS`; without studies nothing is computed, only written.
         overwrite: replace an older `out`, once the new one is verified.
 
@@ -106,5 +107,6 @@ def _reread(folder: Path, files: Mapping[str, str], tensors: int) -> None:
     """
     weights = [folder / name for name in files if Path(name).suffix in (".safetensors", ".bin", ".pt")]
     found = sum(len(sources.open_source(file)) for file in weights)
+    found += sum(gguf.tensor_count(folder / name) for name in files if Path(name).suffix == ".gguf")
     if found != tensors:
         raise UserError(f"{folder} holds {found} tensors instead of the {tensors} that were written: export it again.")

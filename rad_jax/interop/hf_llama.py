@@ -31,7 +31,7 @@ def table(config: LlamaConfig, tied: bool = False) -> Table:
     ]
     embedding, shape = "model.embed_tokens.weight", (c.vocab_size, c.width)
     entries: tuple[Entry, ...] = (
-        _shared(embedding, shape) if tied else same("embed/embedding", embedding, shape),
+        shared(embedding, shape) if tied else same("embed/embedding", embedding, shape),
         *stacked(block, c.depth),
         same("norm/scale", "model.norm.weight", width),
         *([] if tied else linear("head", "lm_head", width, (c.vocab_size,), bias=False)),
@@ -41,8 +41,8 @@ def table(config: LlamaConfig, tied: bool = False) -> Table:
     return Table("LlamaForCausalLM", entries, ignored)
 
 
-def _shared(name: str, shape: tuple[int, int]) -> Entry:
-    """One matrix [V, D] that is embedding and, transposed, head."""
+def shared(name: str, shape: tuple[int, int]) -> Entry:
+    """One matrix [V, D] that is embedding and, transposed, head; storing refuses a head that is the embedding no longer."""
 
     def write(embedding: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         if not np.array_equal(embedding, kernel.T):

@@ -15,7 +15,7 @@ import numpy as np
 
 from rad_jax.errors import UserError
 from rad_jax.generate import generate
-from rad_jax.interop import foreign_configs, hf_llama, tables
+from rad_jax.interop import foreign_configs, gguf, hf_llama, tables
 from rad_jax.interop.exported import Exported
 from rad_jax.interop.layouts import TOWER, tower_variables
 from rad_jax.interop.verify import as_stored, rounded
@@ -60,6 +60,21 @@ def _language_model(folder: Path, exported: Exported, dtype: str, max_new_tokens
     if apart:
         model = _adapted(model, folder / "adapter")
     return _words(model, *as_stored(exported, dtype, merged=not apart and dtype != "float32"), max_new_tokens)
+
+
+def _gguf(folder: Path, exported: Exported, dtype: str, max_new_tokens: int) -> Result:
+    """As transformers' own reader of GGUF has it, with our weights rounded or quantised as the file's are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    (file,) = folder.glob("*.gguf")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    reference.refuse_unfilled(folder, info)
+    assert exported.config is not None
+    config = dataclasses.replace(exported.config, lora=None)
+    return _words(model, {"params": {"llm": gguf.held(exported, dtype)}}, config, max_new_tokens)
 
 
 def _adapter(folder: Path, exported: Exported, dtype: str, max_new_tokens: int) -> Result:
@@ -194,4 +209,5 @@ PARTS: dict[str, Callable[[Path, Exported, str, int], Result]] = {
     "peft": _adapter,
     "llava": _llava_rad,
     "open_clip": _towers,
+    "gguf": _gguf,
 }

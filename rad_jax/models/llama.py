@@ -101,9 +101,7 @@ def angles(positions: Array, head_dim: int, theta: float, scaling: RopeScaling |
         theta: base of the frequencies.
         scaling: of the frequencies, for long rows.
     """
-    half = head_dim // 2
-    frequencies = _scaled(theta ** (-jnp.arange(half, dtype=jnp.float32) / half), scaling)
-    turns = positions[..., None, None].astype(jnp.float32) * jnp.tile(frequencies, 2)
+    turns = positions[..., None, None].astype(jnp.float32) * jnp.tile(frequencies(head_dim, theta, scaling), 2)
     return jnp.cos(turns), jnp.sin(turns)
 
 
@@ -127,17 +125,19 @@ def rope(x: Array, cos: Array, sin: Array, by: Literal["halves", "matmul"] = "ha
     return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
 
 
-def _scaled(frequencies: Array, scaling: RopeScaling | None) -> Array:
-    """Frequencies [H / 2] in radians per token, lowered."""
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Array:
+    """Rotary frequencies float32 [H / 2] in radians per token. Arguments as of `angles`."""
+    half = head_dim // 2
+    plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is None:
-        return frequencies
-    lowered = frequencies / scaling.factor
+        return plain
+    lowered = plain / scaling.factor
     if scaling.kind == "linear":
         return lowered
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    turns = scaling.original_max_positions * plain / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * lowered + kept * frequencies
+    return (1 - kept) * lowered + kept * plain
 
 
 class SelfAttention(nn.Module):

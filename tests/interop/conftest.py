@@ -97,6 +97,7 @@ def make_example(
     layer_scale: bool,
     tower_settings: Mapping[str, Any] = MappingProxyType({}),
     scaling: RopeScaling | None = None,
+    **llm: Any,
 ) -> Example:
     vision = VitConfig(
         image_size=28,
@@ -111,12 +112,7 @@ def make_example(
     )
     config = LlavaConfig(
         LlamaConfig(
-            vocab_size=512,
-            width=32,
-            depth=2,
-            heads=4,
-            kv_heads=2,
-            mlp_dim=48,
+            **{"vocab_size": 512, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_dim": 48} | llm,
             rope_scaling=scaling,
             max_positions=256,
         ),

@@ -1,0 +1,142 @@
+"""Two records of what was asked: the access log, one line of stdout a request, and the audit log, a file of JSON lines.
+
+Neither holds anything of a patient: no text, no file name, no tag of a DICOM, no path that is not a route, no query. A film is told by the
+SHA-256 of its decoded pixels.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rad_jax.errors import UserError
+from rad_jax.serving.errors import ApiError, error_response
+
+ROUTES = {"/v1/chat/completions", "/v1/findings", "/v1/film"}  # those that films and texts are sent to
+GONE = 499  # the client went away before it had its answer (nginx's number)
+
+
+class Audit:
+    """The audit log: a file that is only added to, a whole line at a time."""
+
+    def __init__(self, path: Path | None, **always: str):
+        self._always, self._file, self.broken = always, -1, False
+        if path:
+            try:
+                self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            except OSError as error:
+                raise UserError(f"{path}: the audit log cannot be written ({error.strerror}).") from error
+
+    def write(self, **fields: Any) -> None:
+        """Adds a line; where that fails, no further request is answered (`check`)."""
+        if self._file < 0:
+            return
+        line = json.dumps({"time": now(), **fields, **self._always}) + "\n"
+        try:
+            self.broken = os.write(self._file, line.encode()) != len(line)
+        except OSError as error:
+            self.broken = True
+            say(f"error: the audit log cannot be written ({error.strerror})")
+
+    def check(self) -> None:
+        """Raises ApiError where the last line could not be written."""
+        if self.broken:
+            raise ApiError(503, "the audit log cannot be written: tell those who run this server.", code="audit")
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def pixels_hash(film: np.ndarray) -> str:
+    """SHA-256 of uint8 [Y, X], its shape and rows."""
+    return hashlib.sha256(f"{film.shape[0]}x{film.shape[1]}:".encode() + film.tobytes()).hexdigest()
+
+
+@dataclasses.dataclass
+class Recorder:
+    """The outermost ASGI middleware: gives each request an id, writes both logs, and turns a crash into a 500 that tells nothing.
+
+    `scope["state"]["record"]` is what a route adds to the audit log's line. `seen` gets each request's route, status and seconds.
+    """
+
+    app: ASGIApp
+    audit: Audit
+    seen: Callable[[str, int, float], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, start = uuid.uuid4().hex, time.perf_counter()
+        record: dict[str, Any] = {}
+        scope["state"] = {**scope.get("state", {}), "request": request, "record": record, "who": None}
+        status = sent = 0
+
+        async def count(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *fixed_headers(request)]}
+            sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, count)
+        except HTTPException as error:
+            if not status:
+                await error_response(error)(scope, receive, count)
+        except Exception as error:
+            say(f"error: request {request}: {told(error)}")
+            if not status:
+                await error_response(ApiError(500, f"the server failed (request {request})."))(scope, receive, count)
+        finally:
+            self._write(scope, record, status or GONE, sent, time.perf_counter() - start)
+
+    def _write(self, scope: Scope, record: dict[str, Any], status: int, sent: int, seconds: float) -> None:
+        state, route = scope["state"], getattr(scope.get("route"), "path", None)
+        status = record.pop("status", status)
+        # Refused before it was routed: told if it is one of ours, and not if it is whatever the client made up.
+        route = route or (scope["path"] if scope["path"] in ROUTES else "-")
+        self.seen(route, status, seconds)
+        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "-"
+        who = state["who"] or "-"
+        print(f"{now()} {state['request']} {who} {method} {route} {status} {sent} B {seconds:.3f} s", flush=True)
+        if route in ROUTES:
+            fields = {"request": state["request"], "token": state["who"], "route": route, "status": status, **record}
+            self.audit.write(**fields, sent=sent, seconds=round(seconds, 4))
+
+
+def fixed_headers(request: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"x-request-id", request.encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
+
+
+def told(error: BaseException) -> str:
+    """Kind and place of an exception; not its message, nor any value, which may hold what a client sent."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return f"{type(error).__name__} at " + " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))

@@ -1,0 +1,141 @@
+"""The command, under both of its names: `python -m rad_jax.serving` (argparse; no jax, no absl) and `python -m launch.serve` (absl)."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rad_jax.errors import UserError
+from rad_jax.serving import limits
+
+HELP = """Serves an exported bundle: findings for chest radiographs, on this machine, with no network. Not for clinical use.
+
+    {command} BUNDLE
+    {command} BUNDLE --batch IN.csv OUT.jsonl
+    {command} --tokens=tokens.txt --add_token=ward-3
+    {command} BUNDLE --host=0.0.0.0 --tokens=tokens.txt --audit=audit.jsonl --certificate=cert.pem --key=key.pem
+
+BUNDLE is what launch.export --format=hf wrote. How much memory it needs is said before it is loaded. Then
+http://127.0.0.1:8000/ is a page to try it, /v1/chat/completions speaks as OpenAI does, /v1/findings takes a DICOM, PNG or JPEG and the
+reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it. SIGTERM lets what is
+being written end.
+
+Only this machine is answered, unless there are --tokens: a file of names and hashes. --add_token adds one, shows it once, and ends.
+stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.
+
+--batch writes findings for the films of a CSV with the columns image (beside the CSV) and, if wanted, indication and id. The same command
+after a kill goes on. Rows that cannot be answered are listed in OUT.bad.jsonl, and the exit status is then 1.
+"""
+
+
+class Option(NamedTuple):
+    """One flag; `choices` where only some values are allowed."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+OPTIONS = (
+    Option("host", str, "127.0.0.1", "Address to listen on."),
+    Option("port", int, 8000, "Port to listen on."),
+    Option("tokens", str, None, "File of names and hashes of bearer tokens; who has none is refused."),
+    Option("add_token", str, None, "Make a token of this name, add its hash to --tokens, show it, and end."),
+    Option("audit", str, None, "File that the audit log is added to, a JSON line for each request."),
+    Option("certificate", str, None, "PEM file, to speak TLS; with --key."),
+    Option("key", str, None, "PEM file of the certificate's key."),
+    Option("timeout", int, 120, "Seconds that a request may take, waiting included."),
+    Option("queue", int, 64, "Requests that may wait; further ones get 429."),
+    Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
+    Option("device", str, "auto", "Where to compute.", ("auto", "cpu", "cuda")),
+    Option("dtype", str, None, "To compute in; without it the best that fits.", ("float32", "bfloat16", "float16")),
+    Option("weights", str, None, "Smaller weights for the language model, for cards of 8 GB.", ("int8", "nf4")),
+    Option(
+        "dicom",
+        str,
+        "mimic_cxr_jpg",
+        "Grey values of a DICOM: as MIMIC-CXR-JPG made them, which LLaVA-Rad was trained on, or through the DICOM's window.",
+        ("mimic_cxr_jpg", "window"),
+    ),
+    Option("max_new_tokens", int, limits.DEFAULT_NEW_TOKENS, "Longest text, with --batch."),
+)
+
+
+def set_environment() -> None:
+    """Keeps libraries from asking a hub and from reporting use; to be called before they are imported."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
+
+
+def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | None) -> int:
+    """Does what the flags ask for; returns the exit status.
+
+    Raises:
+        UserError: they cannot be used together, or what they name cannot be used.
+    """
+    from rad_jax.serving import access
+
+    set_environment()
+    tokens = Path(options["tokens"]) if options["tokens"] else None
+    if options["add_token"]:
+        if tokens is None:
+            raise UserError("--tokens is missing: the file to add the token to.")
+        token = access.add_token(tokens, options["add_token"])
+        print(f"{token}\nKeep it: it is not shown again. Restart the server to use it.")
+        return 0
+    if bundle is None:
+        raise UserError("BUNDLE is missing: the folder to serve (see --help).")
+    if not 1 <= options["max_new_tokens"] <= limits.NEW_TOKENS:
+        raise UserError(f"--max_new_tokens must be between 1 and {limits.NEW_TOKENS}.")
+    for name in ("timeout", "queue"):
+        if options[name] < 1:
+            raise UserError(f"--{name} must be at least 1.")
+    if bool(options["certificate"]) != bool(options["key"]):
+        raise UserError("--certificate and --key belong together: give both.")
+    known = access.read_tokens(tokens) if tokens else None
+    access.check_bind(options["host"], known)
+    if batch:
+        return run_batch(load(bundle, options), batch, options)
+    serve(bundle, options, known)
+    return 0
+
+
+def load(bundle: str, options: dict[str, Any]) -> Any:
+    from rad_jax.serving import loading
+
+    given = {name: options[name] for name in ("device", "dtype", "weights", "slots", "queue")}
+    return loading.load(Path(bundle), **given)
+
+
+def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> int:
+    from rad_jax.serving import batch as batches
+
+    source, out = map(Path, batch)
+    try:
+        done, bad = batches.run(engine, source, out, dicom=options["dicom"], max_new_tokens=options["max_new_tokens"])
+    finally:
+        engine.close(drain=False)
+    print(f"{out}: findings for {done} films." + (f" {bad} have none: see {batches.bad_path(out)}." if bad else ""))
+    return 1 if bad else 0
+
+
+def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> None:
+    try:
+        from rad_jax.serving import access, app
+    except ImportError as error:
+        raise UserError(
+            f"the server needs the package {error.name}: install requirements-serve.txt, or rad_jax[serve]."
+        ) from error
+
+    certificate, key = (Path(options[name]) if options[name] else None for name in ("certificate", "key"))
+    if not access.is_loopback(options["host"]):
+        if not certificate:
+            print("warning: without --certificate tokens and films cross the network unencrypted.")
+        if not options["audit"]:
+            print("warning: without --audit nobody can tell later who asked.")
+    app.check_port(options["host"], options["port"])
+    settings = app.Settings(
+        tokens, Path(options["audit"]) if options["audit"] else None, options["dicom"], float(options["timeout"])
+    )
+    made = app.create_app(load(bundle, options), settings)
+    app.serve(made, options["host"], options["port"], certificate=certificate, key=key)

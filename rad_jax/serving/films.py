@@ -1,0 +1,207 @@
+"""Films that clients send, decoded outside of this process (`decoder`)."""
+
+import asyncio
+import base64
+import binascii
+import dataclasses
+import io
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rad_jax.errors import UserError
+from rad_jax.serving import decoder
+from rad_jax.serving.errors import ApiError
+
+SECONDS = 60.0  # for one film
+WAITING = 64  # films that may wait for a process
+PREVIEW = 2048  # pixels of a preview's long side
+MESSAGES = {
+    "not_for_clinical_use": "Not for clinical use: research only.",
+    "view_lateral": "The film says it is lateral; the model was trained on frontal films.",
+    "view_unknown": "The film does not say its view; the model was trained on frontal films (AP or PA).",
+    "not_a_radiograph": "The DICOM does not say that it is a radiograph (Modality CR or DX).",
+    "dicom_equalised": "Grey values were made as MIMIC-CXR-JPG makes them: spread and histogram-equalised; the DICOM's window was not used.",
+    "dicom_windowed": "Grey values were made with the DICOM's own window.",
+    "cut_off": "The text reached the greatest length and is not complete.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """uint8 [Y, X], what the file is, and what to warn of: codes of MESSAGES."""
+
+    pixels: np.ndarray
+    kind: str
+    view: str
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A 16-bit grey PNG, the film's own (Y, X), and the values that its window shows black and white."""
+
+    png: bytes
+    shape: tuple[int, int]
+    window: tuple[int, int]
+
+
+class Films:
+    """Decodes films in `workers` processes, which are started again when they die."""
+
+    def __init__(self, workers: int = 2):
+        self._pool = ThreadPoolExecutor(workers, "films")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(_Worker())
+        self._workers, self._waiting = workers, 0
+
+    def start(self) -> None:
+        """Starts the processes, which the first films would else wait for."""
+        workers = [self._idle.get() for _ in range(self._workers)]
+        for worker in workers:
+            worker.start()
+            self._idle.put(worker)
+
+    def decode(self, data: bytes, dicom: str) -> Film:
+        """Decodes, in this thread.
+
+        Raises:
+            UserError: it is no film, or one over the limits.
+        """
+        told, raw = self._ask(data, "film", dicom)
+        pixels = np.frombuffer(raw, np.uint8).reshape(told["shape"])
+        return Film(pixels, told["kind"], told["view"], tuple(warned(told, dicom)))
+
+    def preview(self, data: bytes) -> Preview:
+        """A film for a viewer, in this thread; raises as `decode`."""
+        from PIL import Image
+
+        told, raw = self._ask(data, "deep", "window")
+        film = Image.fromarray(np.frombuffer(raw, np.uint16).reshape(told["shape"]))
+        film.thumbnail((PREVIEW, PREVIEW), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        film.save(buffer, format="PNG", compress_level=1)
+        return Preview(buffer.getvalue(), tuple(told["shape"]), tuple(told["window"]))
+
+    async def run(self, work: Any, *arguments: Any) -> Any:
+        """Awaits `decode` or `preview`; raises ApiError too, when too many wait."""
+        if self._waiting >= WAITING:
+            raise ApiError(429, "too many films are waiting to be read: try again.", code="busy", retry_after=1)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        for _ in range(self._workers):
+            self._idle.get().close()
+
+    def _ask(self, data: bytes, what: str, dicom: str) -> tuple[dict[str, Any], bytes]:
+        worker = self._idle.get()
+        try:
+            told, raw = worker.ask({"what": what, "dicom": dicom}, data)
+        finally:
+            self._idle.put(worker)
+        if "error" in told:
+            raise UserError(f"{told['error']}.")
+        return told, raw
+
+
+class _Worker:
+    """One process of `decoder`."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, head: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        process = self.start()
+        assert process.stdin and process.stdout
+        late = threading.Timer(SECONDS, process.kill)
+        late.daemon = True
+        late.start()
+        try:
+            decoder.send(process.stdin, head, data)
+            answer = decoder.receive(process.stdout)
+        except (OSError, ValueError):  # it died while it was written to, or amid its answer
+            answer = None
+        finally:
+            late.cancel()
+        if answer is None or len(answer[1]) != np.prod(answer[0].get("shape", [0])) * (1 + (head["what"] == "deep")):
+            self.close()
+            raise UserError(f"{decoder.NAME}: cannot be decoded (its codec failed, or took too long).")
+        return answer
+
+    def start(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = start()
+        return self._process
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def start() -> subprocess.Popen[bytes]:
+    """A process with nothing of this one's environment, whose codecs' complaints, which may quote the film, go nowhere."""
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-m", "rad_jax.serving.decoder"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={"PATH": os.defpath, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
+def warned(told: dict[str, Any], dicom: str) -> list[str]:
+    """Codes of what a film's header gives reason to warn of."""
+    codes = ["not_for_clinical_use"]
+    if told["view"] != "frontal":
+        codes.append(f"view_{told['view']}")
+    if not told["radiograph"]:
+        codes.append("not_a_radiograph")
+    if told["kind"] == "dicom":
+        codes.append("dicom_windowed" if dicom == "window" else "dicom_equalised")
+    return codes
+
+
+def from_url(url: str) -> bytes:
+    """Contents of a `data:` URL.
+
+    Raises:
+        ApiError: another kind of URL, or damaged base64.
+    """
+    if not re.match(r"data:[\w.+-]+/[\w.+-]+;base64,", url[:200]):
+        raise ApiError(
+            400,
+            "image_url must be a data: URL in base64 (data:image/png;base64,...): this server opens no address and no file.",
+            code="invalid_image_url",
+            param="messages",
+        )
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, "the image's base64 is damaged.", code="invalid_image_url", param="messages") from error
+
+
+def seen(shape: tuple[int, int], size: int) -> list[float]:
+    """The square [x0, y0, x1, y1] of a film (Y, X) that the model sees, in pixels of the film: `images.resize_short` and `centre_crop`."""
+    short = min(shape)
+    scaled = [size if side == short else int(size * side / short) for side in shape]
+    top, left = (round((side - size) / 2) for side in scaled)
+    down, across = shape[0] / scaled[0], shape[1] / scaled[1]
+    return [round(v, 2) for v in (left * across, top * down, (left + size) * across, (top + size) * down)]

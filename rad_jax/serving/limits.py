@@ -1,0 +1,81 @@
+"""What a request may hold at most, and the gate that counts its bytes while they arrive."""
+
+import asyncio
+import dataclasses
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rad_jax.serving.errors import ApiError, error_response
+
+BODY = 50 * 10**6  # bytes
+BODIES = 8 * BODY  # of all requests that are being answered
+BODY_SECONDS = 60.0  # until a body must be here whole
+PIXELS = 64 * 10**6
+REASON = 1000  # characters
+QUESTION = 4000  # characters of a chat's text
+NEW_TOKENS = 512
+DEFAULT_NEW_TOKENS = 256
+
+
+def megabytes(count: int) -> str:
+    return f"{count // 10**6} MB"
+
+
+@dataclasses.dataclass
+class BodyGate:
+    """ASGI middleware: refuses a body over `BODY` before, or while, it arrives; one that dawdles; and all when `BODIES` are held."""
+
+    app: ASGIApp
+    held: int = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        size = int(announced) if announced.isdigit() else 0
+        if refusal := self.refusal(size, size):
+            return await error_response(refusal)(scope, receive, send)
+        body = _Body(self, receive)
+        body.hold(size)
+        try:
+            await self.app(scope, body.receive, send)
+        finally:
+            self.held -= body.size
+
+    def refusal(self, size: int, more: int) -> ApiError | None:
+        """Why a body of this size, of which so many bytes are not held yet, cannot be taken; None if it can."""
+        if size > BODY:
+            return ApiError(413, f"the request is larger than {megabytes(BODY)}.", code="too_large")
+        if self.held + more > BODIES:
+            return ApiError(429, "too many large requests at once: try again.", code="busy", retry_after=1)
+        return None
+
+
+class _Body:
+    """One request's body: counts it, and gives it `BODY_SECONDS`."""
+
+    def __init__(self, gate: BodyGate, receive: Receive):
+        self.size, self._gate, self._receive = 0, gate, receive
+        self._arrived, self._whole = 0, False
+        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+    def hold(self, size: int) -> None:
+        self.size += size
+        self._gate.held += size
+
+    async def receive(self) -> Message:
+        if self._whole:  # what comes now is the client's going away
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the request did not arrive in time.", code="timeout") from None
+        self._arrived += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        more = self._arrived - self.size  # sent in chunks, without its length
+        if more > 0:
+            if refusal := self._gate.refusal(self._arrived, more):
+                raise refusal
+            self.hold(more)
+        return message

@@ -1,0 +1,289 @@
+"""What is too large, too much, too slow, or not what it says."""
+
+import gc
+import io
+import signal
+import socket
+import struct
+import tempfile
+import threading
+import tracemalloc
+import zlib
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from rad_jax.errors import UserError
+from rad_jax.serving import films, headers, limits
+
+
+@pytest.fixture(scope="module")
+def reader():
+    one = films.Films(1)
+    yield one
+    one.close()
+
+
+def test_a_body_over_the_limit_is_refused_unread(plain):
+    with socket.create_connection(("127.0.0.1", plain.port)) as connection:
+        head = f"POST /v1/findings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {limits.BODY + 1}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_in_chunks_is_counted(plain):
+    sent = 0
+
+    def chunks():
+        nonlocal sent
+        while sent < 2 * limits.BODY:
+            sent += 10**6
+            yield b"x" * 10**6
+
+    try:
+        answer = httpx.post(f"{plain.url}/v1/chat/completions", content=chunks(), timeout=30)
+        assert answer.status_code == 413
+    except (httpx.WriteError, httpx.ReadError):  # the server has hung up amid the body
+        pass
+    assert sent < 1.5 * limits.BODY
+    assert httpx.get(f"{plain.url}/healthz").status_code == 200
+
+
+def test_all_bodies_together_are_limited(plain, made, monkeypatch):
+    monkeypatch.setattr(limits, "BODIES", 1000)
+    answer = httpx.post(f"{plain.url}/v1/findings", files={"file": b"x" * 1000})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    for _ in range(3):  # what was held is given back
+        assert httpx.post(f"{plain.url}/v1/findings", files={"file": b"x" * 400}).status_code == 400
+
+
+def test_a_body_that_dawdles_is_given_up(plain, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", plain.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+        connection.settimeout(10)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_uploads_stay_in_memory(plain, made, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # where a spooled file would be
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000), np.uint8)
+    answer = httpx.post(f"{plain.url}/v1/findings", files={"file": made.png(noise)}, timeout=60)
+    assert answer.status_code == 200
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of so many black pixels, of which few bytes are there."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return headers.PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_pixels_are_counted_before_decoding(reader, made):
+    for data in (bomb(8001, 8000), bomb(60000, 60000), made.dicom(Rows=9000, Columns=9000)):
+        with pytest.raises(UserError, match="more than 64 megapixels"):
+            reader.decode(data, "window")
+    with pytest.raises(UserError, match="damaged"):  # within the limit, and cut short
+        reader.decode(bomb(8000, 8000), "window")
+
+
+def encapsulated(made, frame: bytes, syntax: str, rows: int = 40, columns: int = 30) -> bytes:
+    import pydicom
+    from pydicom.encaps import encapsulate
+
+    dataset = pydicom.dcmread(io.BytesIO(made.dicom()))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    dataset.Rows, dataset.Columns = rows, columns
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit = 7
+    dataset.PixelData = encapsulate([frame])
+    dataset["PixelData"].VR = "OB"
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+JPEG_BASELINE, JPEG2000 = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"
+
+
+@pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEG_BASELINE), ("JPEG2000", JPEG2000)])
+def test_the_codestream_must_have_the_size_that_the_dicom_says(reader, made, kind, syntax):
+    pytest.importorskip("gdcm")
+    buffer = io.BytesIO()
+    options = {"no_jp2": True} if kind == "JPEG2000" else {}
+    Image.fromarray(np.tile(np.arange(30, dtype=np.uint8) * 8, (40, 1))).save(buffer, format=kind, **options)
+    frame = buffer.getvalue()
+    assert reader.decode(encapsulated(made, frame, syntax), "window").pixels.shape == (40, 30)
+    with pytest.raises(UserError, match="another size"):
+        reader.decode(encapsulated(made, frame, syntax, rows=10, columns=10), "window")
+
+
+def test_run_length_codes_that_unpack_to_too_much(reader, made):
+    from pydicom.uid import RLELossless
+
+    head = struct.pack("<16I", 1, 64, *[0] * 14)
+    exact = bytes([129, 7]) * 9 + bytes([256 - 47, 7])  # 9 x 128 + 48 = 1200
+    assert headers.rle_size(head + exact, 10**6) == 1200
+    assert (reader.decode(encapsulated(made, head + exact, RLELossless), "window").pixels.shape) == (40, 30)
+    with pytest.raises(UserError, match="unpack to more"):
+        reader.decode(encapsulated(made, head + bytes([129, 7]) * 100_000, RLELossless), "window")
+
+
+def test_a_deflated_dicom_is_refused(reader, made):
+    import pydicom
+
+    dataset = pydicom.dcmread(io.BytesIO(made.dicom()))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(headers.DEFLATED)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    with pytest.raises(UserError, match="deflated"):
+        reader.decode(buffer.getvalue(), "window")
+
+
+def test_several_frames_and_colour(reader, made):
+    with pytest.raises(UserError, match="several frames"):
+        reader.decode(made.dicom(NumberOfFrames=2), "window")
+    with pytest.raises(UserError, match="colour"):
+        reader.decode(made.dicom(PhotometricInterpretation="RGB", SamplesPerPixel=3), "window")
+
+
+def test_a_decoder_that_dies_is_started_again(reader, made):
+    data = made.png(made.grey())
+    reader.decode(data, "window")
+    worker = reader._idle.get()
+    worker._process.kill()
+    worker._process.wait()
+    reader._idle.put(worker)
+    assert reader.decode(data, "window").pixels.shape == (40, 30)
+    first = worker._process.pid
+
+    worker._process.send_signal(signal.SIGSTOP)  # so that it cannot answer before it dies, as of a codec that crashes
+    threading.Timer(0.05, worker._process.kill).start()
+    with pytest.raises(UserError, match="codec failed"):
+        reader.decode(data, "window")
+    assert reader.decode(data, "window").pixels.shape == (40, 30)
+    assert worker._process.pid != first
+
+
+def test_a_decoder_that_takes_too_long_is_ended(made, monkeypatch):
+    monkeypatch.setattr(films, "SECONDS", 0.2)
+    reader = films.Films(1)
+    worker = reader._idle.get()
+    worker._process = films.start()
+    worker._process.send_signal(signal.SIGSTOP)
+    reader._idle.put(worker)
+    with pytest.raises(UserError, match="took too long"):
+        reader.decode(made.png(made.grey()), "window")
+    reader.close()
+
+
+def test_a_full_queue(serve, made):
+    served = serve({"slots": 1, "queue": 2})
+    served.model.go.clear()
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = []
+
+    def ask():
+        answers.append(httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30))
+
+    threads = []
+    for running, queued in ((1, 0), (1, 1), (1, 2)):
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+        assert made.until(
+            lambda running=running, queued=queued: (
+                (served.engine.stats()["running"], served.engine.stats()["queued"]) == (running, queued)
+            )
+        )
+    ask()
+    assert answers[0].status_code == 429 and int(answers[0].headers["retry-after"]) >= 1
+    assert answers[0].json()["error"]["code"] == "queue_full"
+    served.model.go.set()
+    for thread in threads:
+        thread.join(30)
+    assert [answer.status_code for answer in answers[1:]] == [200] * 3
+    numbers = httpx.get(f"{served.url}/metrics").text
+    assert "rad_jax_queue_full_total 1.0" in numbers and "rad_jax_requests_total 3.0" in numbers
+
+
+def test_openais_client_waits_and_asks_again_when_the_queue_is_full(serve, made):
+    served = serve({"slots": 1, "queue": 1, "seconds": 0.02})
+    message = [{"role": "user", "content": "Hello"}]
+    answers = []
+
+    def ask():
+        client = served.client(max_retries=20)
+        answers.append(client.chat.completions.create(model="scripted", messages=message).choices[0].message.content)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == [made.said(None)] * 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long(serve, stream):
+    served = serve(timeout=0.3)
+    served.model.endless = True
+    served.model._seconds = 0.01
+    body = {
+        "model": "scripted",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 512,
+        "stream": stream,
+    }
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+    if stream:
+        assert '"code": "timeout"' in answer.text.split("\n\n")[-2] and "[DONE]" not in answer.text
+    else:
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert served.idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["chat/completions", "findings"])
+def test_a_client_that_leaves_frees_its_slot(serve, made, stream, path):
+    served = serve()
+    served.model.endless = True
+    served.model._seconds = 0.01
+    url = f"{served.url}/v1/{path}"
+    request: dict[str, Any]
+    if path == "findings":
+        request = {"files": {"file": made.png(made.grey())}, "data": {"stream": str(stream), "max_new_tokens": "512"}}
+    else:
+        message = [{"role": "user", "content": "Hello"}]
+        request = {"json": {"model": "scripted", "messages": message, "max_tokens": 512, "stream": stream}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, timeout=httpx.Timeout(10, read=0.3), **request) if not stream else leave(url, request)
+    assert served.idle()
+    assert served.engine.stats()["tokens_total"] < 512
+
+
+def leave(url, request):
+    """Reads a little of a stream and hangs up."""
+    with httpx.stream("POST", url, **request) as answer:
+        next(answer.iter_bytes())
+    raise httpx.ReadTimeout("left")
+
+
+def test_memory_of_refused_bodies_is_given_back_at_once(plain):
+    """Not at the next full collection of garbage, which in a process with a model may be long to come."""
+    body = b"x" * (20 * 10**6)
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            assert httpx.post(f"{plain.url}/v1/chat/completions", content=body).status_code == 400
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 1.5 * len(body)  # the last one may still be on its way out

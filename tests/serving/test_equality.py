@@ -1,0 +1,100 @@
+"""The engine beside JAX: the same texts for films drawn and real, and the same maps of where a word looked."""
+
+import jax
+import numpy as np
+import pytest
+
+from rad_jax import images
+from rad_jax.generate import generate
+from rad_jax.grounding import attention_to_image
+from rad_jax.interop.verify import as_stored
+from rad_jax.models.llava import Llava
+from rad_jax.prompts import load_tokenizer, question, render_v1
+from rad_jax.serving import reference
+from rad_jax.serving.engine import Request
+
+TOKENS = 16
+
+
+def square(film, size):
+    return images.centre_crop(images.resize_short(film, size), size)
+
+
+def padded(rows):
+    """Ids [B, T] and their lengths [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((len(rows), lengths.max()), np.int32)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = row
+    return ids, lengths
+
+
+def texts_of_jax(example, films, reasons):
+    """Greedy, with the adapters beside the weights."""
+    tokenizer, size = load_tokenizer(example.tokenizer), example.config.vision.image_size
+    variables, config = as_stored(example.exported(), "float32", merged=False)
+    tokens, length = padded([render_v1(tokenizer, question(reason), None).ids for reason in reasons])
+    batch = {"image": np.stack([square(film, size) for film in films]), "tokens": tokens, "length": length}
+    model, key = Llava(config), jax.random.key(0)
+    with jax.default_matmul_precision("highest"):
+        ids = generate(model, variables, batch, key, max_new_tokens=TOKENS, eos_id=tokenizer.eos_id)
+    return [tokenizer.decode(row) for row in np.asarray(ids).tolist()]
+
+
+def compare(bundle, engine, films):
+    example, folder = bundle("wide")
+    reasons = [None if i % 4 == 0 else " ".join(["heart", "left effusion", "clear lungs"][: i % 4]) for i in range(50)]
+    ours, theirs, size = engine("wide"), reference.load(folder), example.config.vision.image_size
+    requests = [Request(film, question(reason), TOKENS) for film, reason in zip(films, reasons, strict=True)]
+    together = [ours.submit(request) for request in requests]
+    mixed = ["".join(piece.text for piece in stream) for stream in together]
+    alone = ["".join(piece.text for piece in ours.submit(request)) for request in requests]
+    squares = [square(film, size) for film in films]
+    greedy = [theirs.greedy(theirs.prompt(f, r), f, TOKENS) for f, r in zip(squares, reasons, strict=True)]
+    assert mixed == alone == [theirs.text(ids) for ids in greedy] == texts_of_jax(example, films, reasons)
+    assert len(set(mixed)) > 25
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_50_drawn_films(bundle, engine, tiny_corpus):
+    from rad_jax.input_pipeline import Corpus
+
+    source = Corpus.open(tiny_corpus).source("train")
+    rng = np.random.default_rng(0)
+    drawn = [images.decode_png(source[i % len(source)]["image"]) for i in range(50)]
+    # Of other sizes and contrasts, so that no two are alike.
+    films = [images.resize_short(film, int(rng.integers(28, 90))) // int(rng.integers(1, 4)) for film in drawn]
+    compare(bundle, engine, films)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_50_real_films(bundle, engine, real):
+    paths = sorted(path for kind in ("covid", "nih", "openi") for path in (real / "images" / kind).iterdir())
+    films = [images.load_short(path, 64)[0] for path in paths[:50]]
+    compare(bundle, engine, films)
+
+
+def test_attention_is_that_of_jax(bundle, engine):
+    """Mean over all heads of the last half of the layers, from where the token was chosen."""
+    example, _ = bundle()
+    ours, tokenizer = engine(), load_tokenizer(example.tokenizer)
+    variables, config = as_stored(example.exported(), "float32", merged=False)
+    streams = [
+        ours.submit(Request(film, question(r), 6, attention=i != 1)) for i, (film, r) in enumerate(example.studies)
+    ]
+    pieces = [list(stream) for stream in streams]
+    assert all(piece.attention is None for piece in pieces[1])
+    for (film, reason), found in list(zip(example.studies, pieces, strict=True))[::2]:
+        prompt = render_v1(tokenizer, question(reason), None).ids
+        ids = [*prompt, *(piece.token for piece in found)]
+        at = np.arange(len(prompt) - 1, len(ids) - 1, dtype=np.int32)
+        batch = {"image": film[None], "tokens": np.array([ids], np.int32), "length": np.array([len(ids)], np.int32)}
+        weights = np.asarray(attention_to_image(Llava(config), variables, batch, at[None]))[0]
+        depth = len(weights)
+        expected = weights[depth // 2 :].mean((0, 1))
+        expected /= expected.sum(-1, keepdims=True)
+        maps = np.stack([piece.attention.reshape(-1) for piece in found])
+        np.testing.assert_allclose(maps, expected, atol=1e-5)
+        assert maps.dtype == np.float32 and found[0].attention.shape == (4, 4)

@@ -1,0 +1,129 @@
+"""The memory plan counts what will be there, and says no before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from rad_jax.errors import UserError
+from rad_jax.serving import plan as plans
+from rad_jax.serving.bundle import Bundle, Decoder, Tower, read
+from rad_jax.serving.filling import expected
+from rad_jax.serving.plan import CARDS, GIB, Card, check_build, plan
+
+VICUNA = Decoder(32064, 4096, 32, 32, 32, 11008, 1e-5, 1e4, None, 4096, False)
+BIOMEDCLIP = Tower("dinov2", 518, 14, 768, 11, 12, 3072, 1e-6, "gelu", (0.5,) * 3, (0.5,) * 3)
+
+
+def shapes_of(decoder, tower):
+    """Shapes of the tensors of a bundle that has no weights on this disk."""
+    d, t = decoder, tower
+    ends = {
+        "embed_tokens.weight": (d.vocab_size, d.width),
+        "lm_head.weight": (d.vocab_size, d.width),
+        "model.norm.weight": (d.width,),
+        "gate_proj.weight": (d.mlp_dim, d.width),
+        "up_proj.weight": (d.mlp_dim, d.width),
+        "down_proj.weight": (d.width, d.mlp_dim),
+        "linear_1.weight": (d.width, t.width),
+        "linear_2.weight": (d.width, d.width),
+        "linear_1.bias": (d.width,),
+        "linear_2.bias": (d.width,),
+        "position_embeddings": (1, t.patches + 1, t.width),
+        "projection.weight": (t.width, 3, t.patch_size, t.patch_size),
+        "fc1.weight": (t.mlp_dim, t.width),
+        "fc2.weight": (t.width, t.mlp_dim),
+        "fc1.bias": (t.mlp_dim,),
+        "query.weight": (t.width, t.width),
+        "key.weight": (t.width, t.width),
+        "value.weight": (t.width, t.width),
+        "dense.weight": (t.width, t.width),
+    }
+    kv = (d.kv_heads * d.head_dim, d.width)
+    ends |= {f"{p}_proj.weight": kv if p in "kv" else (d.width, d.width) for p in "qkvo"}
+    norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+    def shape(name):
+        found = [size for end, size in ends.items() if name.endswith(end)]
+        return found[0] if found else (d.width,) if name.endswith(norms) else (t.width,)
+
+    return {name: shape(name) for name in expected(decoder, tower)}
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """LLaVA-Rad's shapes, without its weights."""
+    monkeypatch.setattr(Bundle, "shapes", lambda self: shapes_of(self.decoder, self.tower))
+    return Bundle(Path("llava-rad"), "", "float16", VICUNA, BIOMEDCLIP, frozenset([2]), (), ())
+
+
+def test_a_7b_on_the_cards_of_a_hospital(real):
+    small, large = (plan(real, CARDS[name], "float16") for name in ("V100-16GB", "V100-32GB"))
+    decoder = 6_738_415_616 + 2 * 64 * 4096  # Vicuna's parameters, and 64 rows more in embedding and head
+    tower = 11 * (12 * 768**2 + 15 * 768) + 768 * (3 * 14 * 14 + 1) + 1370 * 768 + 768
+    projector = 768 * 4096 + 4096 + 4096**2 + 4096
+    assert small.weight_bytes == large.weight_bytes == 2 * (decoder + tower + projector)
+    assert small.slot_bytes == 2**20 // 2 * 2048
+    assert 14.2 * GIB < small.batch_1 < 14.8 * GIB and small.slots == 2
+    assert large.slots == plans.MOST_SLOTS["cuda"] and large.total < CARDS["V100-32GB"].free
+    assert (
+        small.text().startswith("memory plan, V100-16GB, float16: needs 14.")
+        and "of 15.8 GiB at batch 1" in small.text()
+    )
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_smaller_weights_fit_where_float16_does_not(weights, real):
+    # In 8 bits the 7B needs all of a card of 8 GB, so that a row and CUDA have no room on it.
+    card = CARDS["RTX-2080"] if weights == "nf4" else Card("a card of 10 GB", "cuda", int(9.7 * GIB))
+    with pytest.raises(UserError, match=r"needs 14\.\d GiB for a single row in float16, but .* --weights=int8"):
+        plan(real, card, "float16")
+    found = plan(real, card, "float16", weights)
+    assert found.slots >= 1 and found.total <= card.free
+
+
+def test_too_many_slots_are_refused_with_the_number_that_fits(real):
+    with pytest.raises(UserError, match=r"4 slots .* use --slots=2"):
+        plan(real, CARDS["V100-16GB"], "float16", slots=4)
+    assert plan(real, CARDS["V100-32GB"], "float16", slots=4).slots == 4
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
+def test_counted_weights_are_those_in_memory(kind, weights, bundle):
+    import torch
+
+    from rad_jax.serving.filling import fill
+    from rad_jax.serving.weights import Dense, Int8
+
+    found = read(bundle(kind)[1])
+    loaded = fill(found, torch.float32, "cpu", weights, lambda _: None)
+    tensors = [loaded.embedding, loaded.norm, loaded.head, *loaded.vision.values()]
+    for layer in loaded.layers:
+        for part in layer:
+            stored = (
+                [part] if isinstance(part, torch.Tensor) else [v for v in vars(part).values() if torch.is_tensor(v)]
+            )
+            tensors += stored[:1] if isinstance(part, Dense) else stored
+            assert isinstance(part, torch.Tensor | Dense | Int8)
+    bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    # What the plan counts and the engine leaves out: the mask token and the last norm.
+    unused = 4 * 24 * (3 if kind == "dinov2" else 2)
+    assert plans.weight_bytes(found, weights, 4) == bytes_ + unused
+
+
+def test_a_build_without_code_for_the_card_is_refused_with_one_that_has_it():
+    pypi = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    with pytest.raises(
+        UserError, match=r"no code for Tesla V100 \(sm_70; it has sm_75, .*torch 2\.14 of PyTorch's cu126"
+    ):
+        check_build("Tesla V100", (7, 0), pypi, "2.14.1")
+    check_build("Tesla V100", (7, 0), ["sm_50", "sm_60", "sm_70", "sm_75"], "2.14.1+cu126")
+    check_build("L4", (8, 9), pypi, "2.14.1")  # sm_86 runs there
+    check_build("newer", (12, 1), [*pypi, "compute_120"], "2.14.1")
+    with pytest.raises(UserError, match="a build of PyTorch that has sm_61"):
+        check_build("P40", (6, 1), pypi, "2.14.1")
+
+
+def test_this_machine_has_memory():
+    card = plans.this_cpu()
+    assert card.kind == "cpu" and GIB // 8 < card.free < 2**50
