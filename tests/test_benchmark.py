@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from launch.benchmarks import llava, pairs
+from launch.benchmarks import llava, pairs, serve
 from launch.benchmarks.pairs import Run
+from rad_jax.models.llava import LlavaConfig
 
 VISION = dataclasses.replace(llava.VISION, image_size=28, width=24, depth=3, mlp_dim=48, unroll=2)
 LLM = dataclasses.replace(llava.LLM, vocab_size=96, width=32, depth=2, mlp_dim=48, unroll=2)
@@ -45,3 +46,21 @@ class TestSides:
     def test_same_tokens(self, problem):
         rows = llava.decode(problem, rounds=2, threads=1, batches=(3,))
         assert [row["name"] for row in rows] == ["decode, batch 3, 5 tokens", "prompt and first token, batch 3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_serving_and_transformers_write_the_same_tokens(tmp_path):
+    """At a size of its own: eight requests in company and one after the other, and one alone."""
+    pytest.importorskip("transformers")
+    tower = dataclasses.replace(serve.TOWER, image_size=28, patch_size=7, width=24, depth=3, mlp_dim=48)
+    config = LlavaConfig(dataclasses.replace(serve.SIZES["demo"].llm, width=32, depth=2, mlp_dim=48), tower)
+    rows = serve.compare("tiny", serve.problem(tmp_path / "tiny", config), rounds=2, threads=1)
+    assert [row["name"] for row in rows] == [
+        "tiny, 8 requests, batch of 8",
+        "tiny, 8 requests, one by one",
+        "tiny, 1 request",
+    ]
+    for row, count in zip(rows, (sum(serve.TEXT_LENGTHS),) * 2 + serve.TEXT_LENGTHS[:1], strict=True):
+        assert row["equality"].startswith(f"all {count} tokens equal")
+        assert 0 < row["ours_first_token_s"] < row["ours_s"]

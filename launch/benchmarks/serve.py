@@ -166,10 +166,11 @@ def theirs(problem: Problem, threads: int, batch: int) -> Callable[[int], Writte
 
     @torch.inference_mode()
     def write(count: int) -> Written:
-        groups = prepared.setdefault(count, prepare(count)) if count not in prepared else prepared[count]
+        if count not in prepared:  # in a run that does not count
+            prepared[count] = prepare(count)
         written: Written = []
         began = time.perf_counter()
-        for given, lengths in groups:
+        for given, lengths in prepared[count]:
             first = First()
             ids = model.generate(**given, max_new_tokens=max(lengths), stopping_criteria=[first])
             new = ids[:, given["input_ids"].shape[1] :].tolist()

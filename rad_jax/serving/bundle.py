@@ -108,6 +108,7 @@ def read(folder: Path, progress: Callable[[int], object] = lambda size: None) ->
         UserError: not a bundle, a file that is missing or changed, or a model that this engine does not run.
     """
     record = check_files(folder, progress)
+    _refuse_others(folder, record)
     config, generation, images = (
         _json(folder / name) for name in ("config.json", "generation_config.json", "preprocessor_config.json")
     )
@@ -136,22 +137,13 @@ def read(folder: Path, progress: Callable[[int], object] = lambda size: None) ->
 
 
 def check_files(folder: Path, progress: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
-    """The contents of `receipt.json`, after comparing every file with its hash.
+    """The contents of `receipt.json`, after comparing every file that it names with its hash.
 
     Raises:
-        UserError: no such record, another format (version), a file that is missing or changed, or one that the record does not name
-            but that a loader might run or unpickle.
+        UserError: there is no record, it is of another format version, or a file is missing or changed.
     """
     record = _json(folder / RECEIPT)
     check_format(record.get("format_version"), folder / RECEIPT)
-    if record.get("format", "hf") not in ("hf", "hf_adapter"):
-        raise UserError(
-            f"{folder} has the format {record['format']}, which is not for serving: export with --format=hf."
-        )
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != RECEIPT and name not in record["files"]:
-            raise UserError(f"{path} is not part of the bundle: remove it, or export the bundle again.")
     for name, expected in record["files"].items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: export the bundle again.")
@@ -160,6 +152,16 @@ def check_files(folder: Path, progress: Callable[[int], object] = lambda size: N
                 f"{folder / name} is not the file that was exported (its hash differs): export the bundle again."
             )
     return record
+
+
+def _refuse_others(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuses another format, and files beside those that were compared: nothing is read that nobody vouches for."""
+    if record.get("format", "hf") not in ("hf", "hf_adapter"):
+        raise UserError(f"{folder} has the format {record['format']}, which is not served: export with --format=hf.")
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != RECEIPT and name not in record["files"]:
+            raise UserError(f"{path} is not part of the bundle: remove it, or export the bundle again.")
 
 
 def _sha256(path: Path, progress: Callable[[int], object]) -> str:
@@ -175,11 +177,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path.parent} is not an exported image-to-text bundle: {path.name} is missing or damaged."
-        ) from error
+        raise UserError(f"{path.parent} is not an exported bundle: {path.name} is missing or damaged.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path.parent} is not an exported image-to-text bundle: {path.name} is no JSON object.")
+        raise UserError(f"{path.parent} is not an exported bundle: {path.name} is no JSON object.")
     return found
 
 

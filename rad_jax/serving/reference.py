@@ -1,8 +1,6 @@
 """An exported bundle in PyTorch, through transformers alone: what anyone else would make of it."""
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from rad_jax.errors import UserError, check_format
+from rad_jax.errors import UserError
 from rad_jax.images import normalise
 from rad_jax.prompts import question
-
-RECORD = "receipt.json"
+from rad_jax.serving.bundle import check_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +155,6 @@ def refuse_unfilled(bundle: Path, info: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise UserError(f"{bundle}: the weights do not fill the PyTorch model: {'; '.join(wrong)}.")
-
-
-def check_files(bundle: Path) -> dict[str, Any]:
-    """The contents of `receipt.json`, after comparing every file with its hash.
-
-    Raises:
-        UserError: there is no record, it is of another format version, or a file is missing or changed.
-    """
-    try:
-        record = json.loads((bundle / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{bundle} is not an exported bundle: {RECORD} is missing or damaged.") from error
-    check_format(record.get("format_version"), bundle / RECORD)
-    for name, expected in record["files"].items():
-        if not (bundle / name).is_file():
-            raise UserError(f"{bundle / name} is missing: export the bundle again.")
-        with open(bundle / name, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise UserError(
-                f"{bundle / name} is not the file that was exported (its hash differs): export the bundle again."
-            )
-    return record
 
 
 def versions() -> dict[str, str]:
