@@ -82,7 +82,8 @@ class Plan:
         }
         lines = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in parts.items() if size]
         head = f"memory plan, {self.card.name}, {self.dtype}: needs {self.batch_1 / GIB:.1f} of {self.card.free / GIB:.1f} GiB at batch 1"
-        return "\n".join([f"{head}; {self.slots} slots fit ({self.total / GIB:.1f} GiB)", *lines])
+        fit = "1 slot fits" if self.slots == 1 else f"{self.slots} slots fit"
+        return "\n".join([f"{head}; {fit} ({self.total / GIB:.1f} GiB)", *lines])
 
 
 def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slots: int | None = None) -> Plan:
