@@ -6,11 +6,11 @@ from rad_jax.serving.graphs import Graphs, rounded
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
-    [((1, 1), (1, 256)), ((3, 256), (4, 256)), ((5, 257), (6, 512)), ((6, 1999), (6, 2000))],
+    ("rows", "longest", "expected"),
+    [(1, 1, (1, 256)), (3, 256, (4, 256)), (5, 257, (6, 512)), (6, 1999, (6, 2000))],
 )
-def test_rounded_sizes_stay_within_the_cache(asked, expected):
-    assert rounded(*asked, slots=6, max_tokens=2000) == expected
+def test_rounded_sizes_stay_within_the_cache(rows, longest, expected):
+    assert rounded(rows, longest, slots=6, max_tokens=2000) == expected
 
 
 def test_steps_go_on_without_graphs_where_capturing_fails():
