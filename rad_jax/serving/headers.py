@@ -11,6 +11,7 @@ from rad_jax.errors import UserError
 from rad_jax.serving import limits
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+BARE = (b"\x02\x00", b"\x08\x00")  # group 2 or 8: a DICOM of before 1993, which begins with its first element
 DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
 FRONTAL, LATERAL = ("AP", "PA"), ("LL", "RL", "LATERAL", "LLD", "RLD")
@@ -36,7 +37,7 @@ def read(data: bytes, name: str) -> Header:
     if data.startswith((PNG, JPEG)):
         check_picture(data, name)
         return Header("png" if data.startswith(PNG) else "jpeg", "unknown", True)
-    if data[128:132] != b"DICM":
+    if data[128:132] != b"DICM" and not data.startswith(BARE):
         raise UserError(f"{name}: not a PNG, JPEG or DICOM file")
     try:
         return dicom_header(data, name)
@@ -78,17 +79,19 @@ def dicom_header(data: bytes, name: str) -> Header:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = io.BytesIO(data)
-        file.seek(132)  # the group of the file itself is never compressed (PS3.10 section 7.1)
+        file.seek(
+            0 if data.startswith(BARE) else 132
+        )  # the group of the file itself is never compressed (PS3.10 section 7.1)
         own = read_dataset(file, False, True, stop_when=lambda tag, _, __: tag >> 16 != 2)
         syntax = str(own.get("TransferSyntaxUID", ""))
         if syntax == DEFLATED:
             raise UserError(f"{name}: a deflated DICOM, which could hold anything: send it uncompressed")
-        dataset = pydicom.dcmread(io.BytesIO(data))
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise UserError(f"{name}: has several frames, only single films can be read")
         height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
         check_size(height, width, name)
-        if dataset.get("PixelData") and pydicom.uid.UID(syntax).is_compressed:
+        if dataset.get("PixelData") and syntax and pydicom.uid.UID(syntax).is_compressed:
             check_codestream(dataset, syntax, (height, width), name)
         view = str(dataset.get("ViewPosition") or "").upper()
         known = "frontal" if view in FRONTAL else "lateral" if view in LATERAL else "unknown"

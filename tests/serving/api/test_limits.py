@@ -135,6 +135,23 @@ def test_run_length_codes_that_unpack_to_too_much(reader, made):
         reader.decode(encapsulated(made, head + bytes([129, 7]) * 100_000, RLELossless), "window")
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["group 2", "group 8"])
+def test_an_old_dicom_without_a_preamble(reader, made, whole):
+    """As a file that begins with its group 2, and as one in implicit little endian without it."""
+    import pydicom
+
+    given = made.dicom()
+    if whole:
+        bare = given[132:]
+    else:
+        dataset, out = pydicom.dcmread(io.BytesIO(given)), io.BytesIO()
+        pydicom.dcmwrite(out, pydicom.Dataset(dataset), implicit_vr=True, little_endian=True, enforce_file_format=False)
+        bare = out.getvalue()
+    assert bare[128:132] != b"DICM"
+    assert headers.read(bare, "x") == headers.read(given, "x")
+    np.testing.assert_array_equal(reader.decode(bare, "window").pixels, reader.decode(given, "window").pixels)
+
+
 def test_a_deflated_dicom_is_refused(reader, made):
     import pydicom
 
