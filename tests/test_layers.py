@@ -119,8 +119,8 @@ def test_one_token_by_the_way_of_a_tpu(kv_heads):
     seen = np.arange(40) < np.array([40, 7, 1])[:, None]
     seen[1, 20:25] = True
     for impl in ("xla", "splash"):
-        one, before, cached, after, stored = (jnp.asarray(x, jnp.float32) for x in (q, k, keys, v, values))
-        found = attend_cached(one, before, after, cached, stored, jnp.asarray(seen), impl=impl)
+        one, key, value, cached, stored = (jnp.asarray(x, jnp.float32) for x in (q, k, v, keys, values))
+        found = attend_cached(one, cached, stored, jnp.asarray(seen), (key, value), impl=impl)
         for row in range(3):
             for head in range(2):
                 own = head * kv_heads // 2

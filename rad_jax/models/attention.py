@@ -112,17 +112,17 @@ def _blocks(length: int) -> tuple[int, int]:
 
 
 def attend_cached(
-    q: Array, k: Array, v: Array, keys: Array, values: Array, seen: Array, *, impl: Impl = "xla"
+    q: Array, keys: Array, values: Array, seen: Array, own: tuple[Array, Array] | None = None, *, impl: Impl = "xla"
 ) -> Array:
-    """Attention of one new token over the cache and itself. It is not in the cache yet, which is only read here.
+    """Attention of one new token over the cache and itself.
 
     Heads come before tokens there, so that no product needs a transposed copy of it: five to ten times faster on XLA's CPU backend.
 
     Args:
         q: [B, 1, N, H].
-        k, v: [B, 1, K, H], of the new token.
         keys, values: [B, K, T, H].
         seen: bool [B, T], places of the cache that hold tokens of the row.
+        own: key and value [B, 1, K, H] of the new token, where they are not in the cache yet.
         impl: as in `attend`; plain operations either way, arranged for the machine.
 
     Returns:
@@ -137,14 +137,18 @@ def attend_cached(
         rows = jnp.pad(rows.astype(cached.dtype), ((0, 0), (0, 0), (0, missing), (0, 0)))
         return jnp.einsum(how, rows, cached, preferred_element_type=jnp.float32)[:, :, :group]
 
-    scores = product("bkgh,bkth->bkgt", grouped, keys) * scale
-    scores = jnp.where(seen[:, None, None], scores, _HIDDEN)
-    own = jnp.einsum("bkgh,bkh->bkg", grouped, k[:, 0], preferred_element_type=jnp.float32)[..., None] * scale
-    most = jnp.maximum(scores.max(-1, keepdims=True), own)
-    weights, own = jnp.exp(scores - most), jnp.exp(own - most)
-    y = product("bkgt,bkth->bkgh", weights, values)
-    y = y + own * v[:, 0, :, None].astype(jnp.float32)
-    return (y / (weights.sum(-1, keepdims=True) + own)).reshape(q.shape).astype(q.dtype)
+    scores = jnp.where(seen[:, None, None], product("bkgh,bkth->bkgt", grouped, keys) * scale, _HIDDEN)
+    most = scores.max(-1, keepdims=True)
+    if own is None:
+        weights = jnp.exp(scores - most)
+        y = product("bkgt,bkth->bkgh", weights, values)
+        return (y / weights.sum(-1, keepdims=True)).reshape(q.shape).astype(q.dtype)
+    k, v = own[0][:, 0], own[1][:, 0, :, None].astype(jnp.float32)
+    score = jnp.einsum("bkgh,bkh->bkg", grouped, k, preferred_element_type=jnp.float32)[..., None] * scale
+    most = jnp.maximum(most, score)
+    weights, weight = jnp.exp(scores - most), jnp.exp(score - most)
+    y = product("bkgt,bkth->bkgh", weights, values) + weight * v
+    return (y / (weights.sum(-1, keepdims=True) + weight)).reshape(q.shape).astype(q.dtype)
 
 
 def _in_blocks(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:

@@ -143,8 +143,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 class SelfAttention(nn.Module):
     """Causal self-attention. Without a cache, over the tokens given; with one, of a single new token over all before it and itself.
 
-    Gives keys and values [B, K, S, H] of the tokens given too. A cache is read and not written: a layer that gave it back would be one of L
-    that copy it, in every step.
+    Gives keys and values [B, K, S, H] of the tokens given too; a layer that is not `stacked`, the cache with them. Of a stack the cache is only
+    read: each of the L layers would copy its part of it in every step.
     """
 
     config: LlamaConfig
@@ -179,9 +179,16 @@ class SelfAttention(nn.Module):
         else:
             assert step.seen is not None
             keys, values = cache
-            y = attend_cached(q, k, v, keys, values, step.seen, impl=c.attention)
+            if c.stacked:
+                y = attend_cached(q, keys, values, step.seen, (k, v), impl=c.attention)
+            else:
+                # Read after it is written: the other way round XLA's CPU backend writes to a copy.
+                keys, values = written((keys, values), (k.swapaxes(1, 2), v.swapaxes(1, 2)), step)
+                y = attend_cached(q, keys, values, step.seen.at[:, step.slot].set(True), impl=c.attention)
         y = _dense(c, self.lora, "o", (c.width,), ("heads", "head_dim", "embed"), in_axes=2)(y)
-        return y[:, :length], (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        if cache is None or c.stacked:
+            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return y[:, :length], (keys, values)
 
 
 class SwiGlu(nn.Module):
@@ -243,20 +250,14 @@ class Llama(nn.Module):
         c = self.config
         cos, sin = angles(step.positions, c.head_dim, c.rope_theta, c.rope_scaling)
         step = dataclasses.replace(step, cos=cos, sin=sin)
-        new: Cache
         if c.stacked:
             x, new = self.layers(x, cache, step)
-        else:
-            made = []
-            for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
-                x, own = layer(x, past, step)
-                made.append(own)
-            new = tuple(made)
-        if cache is not None:
-            assert step.slot is not None
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step.slot, axis=-2)
-            new = jax.tree.map(write, cache, new)
-        return self.norm(x), new
+            return self.norm(x), new if cache is None else written(cache, new, step)
+        caches: list[Cache] = []
+        for layer, past in zip(self.layers, cache or (None,) * c.depth, strict=True):
+            x, new = layer(x, past, step)
+            caches.append(new)
+        return self.norm(x), tuple(caches)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] -> float32 [..., V]."""
@@ -267,6 +268,13 @@ class Llama(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x, _ = self.decode(self.embed_tokens(tokens), Step(positions, lengths))
         return self.logits(x)
+
+
+def written(cache: Cache, new: Cache, step: Step) -> Cache:
+    """The cache with new keys and values [..., 1, H] at the step's slot."""
+    assert step.slot is not None
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step.slot, axis=-2)
+    return jax.tree.map(write, cache, new)
 
 
 def _dense(
