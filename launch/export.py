@@ -106,9 +106,9 @@ def check(folder: Path, model: Any) -> None:
     from importlib.util import find_spec
 
     from rad_jax.interop import receipt, verify, verify_parts
-    from rad_jax.serving import reference
+    from rad_jax.serving import bundle
 
-    found = reference.check_files(folder)
+    found = bundle.check_files(folder)
     print(f"{folder}: {len(found['files'])} files, all with the hashes of the receipt.")
     whole = found["format"] in verify.FORMATS and "vocab_size" in found  # of an image-to-text model
     if model is not None and find_spec("torch") and (_DATA.value or not whole):
