@@ -20,7 +20,7 @@ for both; on any difference over its tolerance nothing is left.
 
 --verify with --checkpoint compares later, or elsewhere, and every format: peft, open_clip and transformers load the folder, and logits
 and greedy texts of drawn ids, embeddings of drawn images and texts, or the projector's outputs are compared; hf_adapter and peft take
-peft, llava and open_clip take open_clip, which are in .venv-dev. Without --checkpoint, or without PyTorch, it compares the hashes of the
+peft, llava and open_clip take open_clip, gguf takes accelerate, which are in .venv-dev. Without --checkpoint, or without PyTorch, it compares the hashes of the
 files with the receipt and repeats what was found then. Everything stands in receipt.json.
 """
 

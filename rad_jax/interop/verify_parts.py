@@ -64,6 +64,7 @@ def _language_model(folder: Path, exported: Exported, dtype: str, max_new_tokens
 
 def _gguf(folder: Path, exported: Exported, dtype: str, max_new_tokens: int) -> Result:
     """As transformers' own reader of GGUF has it, with our weights rounded or quantised as the file's are."""
+    import accelerate  # noqa: F401  transformers reads GGUF with it, and misses it with a ValueError
     import torch
     from transformers import AutoModelForCausalLM
 
