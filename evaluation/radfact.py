@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation import grounded
+from evaluation.grounded import Phrase
 from evaluation.judging import PROMPTS, Ask, Judge, Pair, Scores, Vote
 from rad_jax.chat import schema, templates
 from rad_jax.chat.client import Question, UnusableError
@@ -98,4 +100,5 @@ def _scores(
                 return str(verdict.reason), []
             out[name].append(verdict.value)
             evidence.append({"of": name, "statement": statement, "follows": verdict.value})
-    return {name: sum(out[name]) / len(out[name]) if out[name] else None for name in (PRECISION, RECALL)}, evidence
+    shares = {name: grounded.radfact([Phrase(follows) for follows in out[name]]) for name in (PRECISION, RECALL)}
+    return {name: found["logical"] for name, found in shares.items()}, evidence

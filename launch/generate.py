@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from rad_jax import distributed, errors
+from rad_jax import distributed, errors, images
 from rad_jax.errors import UserError
 
 BLANK = 128  # the grey of --pixels=blank
@@ -43,6 +43,12 @@ def define_flags() -> None:
     flags.DEFINE_enum("pixels", "real", ["real", "noise", "blank", "shuffled"], "What the model is shown.")
     flags.DEFINE_string("image", None, "One PNG, JPEG or DICOM file instead of a corpus.")
     flags.DEFINE_string("indication", "", "Reason for the exam, with --image.")
+    flags.DEFINE_enum(
+        "dicom",
+        "window",
+        images.DICOM_STYLES,
+        "Grey values of a DICOM file of --image: as the file says, or as MIMIC-CXR-JPG was made. As the corpus of the training.",
+    )
     flags.DEFINE_integer("batch_size", 64, "Studies at once, over all devices.", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "Devices that share out the weights, each with studies of its own.", lower_bound=1)
     flags.DEFINE_integer("tensor", 1, "Devices that work on the same studies, each with some heads.", lower_bound=1)
@@ -138,10 +144,10 @@ class Writer:
         """The findings of one file."""
         import numpy as np
 
-        from rad_jax import images, prompts
+        from rad_jax import prompts
 
         size = self._image_size
-        pixels = images.centre_crop(images.load_short(image, size)[0], size)
+        pixels = images.centre_crop(images.load_short(image, size, self._options.dicom)[0], size)
         ids = prompts.render_v1(self._tokenizer, prompts.question(indication or None), None).ids
         batch = {
             "image": np.stack([pixels] * self._shares),

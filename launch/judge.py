@@ -1,4 +1,4 @@
-"""Has a language model judge a predictions file: CheXprompt's error counts, GREEN's score, or RadFact's precision and recall.
+"""Has a language model judge a predictions file: CheXprompt's error counts, GREEN's or CRIMSON's score, or RadFact's precision and recall.
 
     python -m launch.judge PREDS.jsonl --judge=chexprompt --model=MODEL --out=DIR --dry_run
     python -m launch.judge PREDS.jsonl --judge=chexprompt --model=MODEL --out=DIR --data=CORPUS
@@ -13,10 +13,11 @@ rows, --data or --access say otherwise, and what is not public goes to no other 
 
 DIR/results.json has every score with its signature (judge, prompt, model, votes), its interval and how many reports got none, in the form of
 launch.evaluate; DIR/scores.jsonl the scores of every report. chexprompt_json counts like chexprompt and must point at every error; its
-evidence, and the statements of radfact, are in DIR/evidence.jsonl (which holds report text). With --data the intervals resample patients. --votes asks so often for each
-report, which means something where --temperature is above 0 or the model is hosted. --prompt is a file of turns with {{reference}} and
-{{candidate}}, see evaluation/prompts. Answers are kept, so that the same command goes on where it was stopped. It ends with an error when more than
---max_failures answers stay unusable; the reports without a score are counted, listed in scores.jsonl, and bound the shares from both sides.
+evidence, the statements of radfact and the findings of crimson are in DIR/evidence.jsonl (which holds report text). With --data the intervals
+resample patients. --votes asks so often for each report, which means something where --temperature is above 0 or the model is hosted. --prompt
+is a file of turns with {{reference}} and {{candidate}}, see evaluation/prompts. Answers are kept, so that the same command goes on where it was
+stopped. It ends with an error when more than --max_failures answers stay unusable; the reports without a score are counted, listed in
+scores.jsonl, and bound the shares from both sides.
 """
 
 import datetime
@@ -29,14 +30,14 @@ from typing import Any
 from absl import flags
 
 import rad_jax
-from evaluation import chexprompt, green, judging, radfact, report, scoring, statistics, tables
+from evaluation import chexprompt, crimson, green, judging, radfact, report, scoring, statistics, tables
 from evaluation.predictions import Row, access_of, read_predictions
 from rad_jax import errors
 from rad_jax.chat import client as chat
 from rad_jax.chat import command
 from rad_jax.errors import UserError
 
-JUDGES = {module.NAME: module.judge for module in (chexprompt, green, radfact)} | {
+JUDGES = {module.NAME: module.judge for module in (chexprompt, green, radfact, crimson)} | {
     "chexprompt_json": chexprompt.judge_with_evidence
 }
 MAX_TOKENS = 1024

@@ -17,7 +17,8 @@ Exit status 42 says: start again, with the same command. A process that gets SIG
 it, and so do all processes of its job; before the first step, and while evaluating, there is nothing to save. When a process of a job is
 killed, the others end within two minutes, with 42, or 134 where JAX notices first. So does a run in which nothing moves any more
 (--stall_minutes). Of what goes wrong, a run mends what it can and says so: a step whose loss is no number changes nothing and is listed in
-skipped.jsonl, a checkpoint that cannot be read is put aside for the one before.
+skipped.jsonl, a checkpoint that cannot be read is put aside for the one before, a row whose record is damaged counts for nothing and is
+listed in bad_rows.jsonl (--bad_rows=0.001 ends the run when they are more than a thousandth).
 
 WORKDIR has config.json, metrics.jsonl, starts.jsonl, evaluations.jsonl, checkpoints/ and loss.png; `python -m launch.status WORKDIR` reads them.
 """
@@ -46,6 +47,13 @@ _DAMAGED = flags.DEFINE_enum(
     "error",
     ["error", "count"],
     "Shards that are missing or damaged: stop, or count their rows as bad rows.",
+)
+_BAD_ROWS = flags.DEFINE_float(
+    "bad_rows",
+    1.0,
+    "Share of the rows that may be damaged or without text before the run ends.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Write WORKDIR/tensorboard too (pip install tensorboardX).")
 _WANDB = flags.DEFINE_string("wandb", None, "Send rows to this project of Weights & Biases too (pip install wandb).")
@@ -117,6 +125,7 @@ def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[
         writers=writers(workdir),
         profile=profile,
         stall_seconds=60 * _STALL.value,
+        bad_rows=_BAD_ROWS.value,
     )
     base = state.join(*(run.variables for run in bases))
     return config, task, base, batches, data["fingerprint"], workdir, mesh, beside

@@ -23,6 +23,7 @@ from rad_jax.errors import UserError
 SKIPS = 5  # steps skipped one after another, after which a run ends
 SLOW = 0.2  # share of its time that a run may wait for data before it says so
 _SKEW_SECONDS = 10.0
+_BAD_LEAST = 1000  # rows of which the share of bad ones is judged, so that the first bad one does not end a run
 # A loss is a spike when it is so many times the usual distance from the median of the losses before it.
 _SPIKE, _SPIKE_WINDOW, _SPIKE_LEAST = 12.0, 100, 20
 
@@ -132,6 +133,43 @@ class Skips:
             raise UserError(
                 f"the loss is {loss} at step {step}: lower optimizer.peak_lr, or look at the records of the {SKIPS} steps skipped in a row "
                 f"in {self._file}."
+            )
+
+
+class BadRows:
+    """Rows that teach nothing: damaged records, images that cannot be decoded, no text. Listed once in WORKDIR/bad_rows.jsonl.
+
+    Args:
+        names: gives the ids of records by their row numbers.
+        limit: share of the rows, of at least `_BAD_LEAST`, that may be bad.
+    """
+
+    def __init__(self, workdir: Path, names: Callable[[Sequence[int]], list[str]], limit: float):
+        self._file, self._names, self._limit = workdir / "bad_rows.jsonl", names, limit
+        self._listed: set[int] = set()
+        if self._file.is_file():
+            self._listed.update(json.loads(line)["row"] for line in self._file.read_text().splitlines())
+        self.total = self._rows = 0
+
+    def see(self, step: int, rows: int, bad: int, which: Callable[[], Sequence[int]]) -> None:
+        """Counts one step's `rows`, of which `bad` are; `which` gives the numbers of these, and is asked on every process.
+
+        Raises:
+            UserError: there are too many by now.
+        """
+        self._rows += rows
+        if not bad:
+            return
+        self.total += bad
+        new = sorted(set(which()) - self._listed)
+        self._listed.update(new)
+        if distributed.first():
+            for number, name in zip(new, self._names(new), strict=True):
+                metrics.append(self._file, {"step": step, "row": number, "id": name})
+        if self.total > self._limit * max(self._rows, _BAD_LEAST):
+            raise UserError(
+                f"{self.total} of {self._rows} rows up to step {step} could not be learned from, more than --bad_rows={self._limit:g} allows: "
+                f"they are in {self._file}; mend or pack the corpus again, or raise the limit."
             )
 
 

@@ -20,12 +20,12 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass
 class Span:
-    """Some steps, still on the device: their numbers, what was counted in their batches, and the row numbers of these."""
+    """Some steps, still on the device: their numbers, what was counted in their batches, and the row numbers and weights of these."""
 
     steps: list[int] = dataclasses.field(default_factory=list)
     numbers: list[Mapping[str, jax.Array]] = dataclasses.field(default_factory=list)
     counts: list[Mapping[str, jax.Array]] = dataclasses.field(default_factory=list)
-    rows: list[jax.Array] = dataclasses.field(default_factory=list)
+    rows: list[tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=list)
 
 
 class RunLog:
@@ -38,6 +38,7 @@ class RunLog:
         phases: of this process's time.
         names: ids of records by their row numbers.
         writers: get every row too, in process 0.
+        bad_rows: share of the rows that may be bad.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RunLog:
         phases: goodput.Phases,
         names: Callable[[Sequence[int]], list[str]],
         writers: Sequence[Callable[[Row], None]],
+        bad_rows: float,
     ):
         rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
         # All rates at once: asked for step by step, they would queue behind the steps.
@@ -63,9 +65,10 @@ class RunLog:
             guards.Spikes(),
             guards.SlowData(),
         )
+        self._bad = guards.BadRows(workdir, names, bad_rows)
         self._count = jax.jit(functools.partial(count, model.image_tokens))
         self._span, self._due, self._before = Span(), Span(), phases.seconds()
-        self._bad_rows = self._truncated = 0
+        self._truncated = 0
         self._warm, self._compiled = False, telemetry.compiles()
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
@@ -83,7 +86,7 @@ class RunLog:
         span.steps.append(step)
         span.numbers.append(numbers)
         span.counts.append(self._count(dict(batch)))
-        span.rows.append(batch["index"])
+        span.rows.append((batch["index"], batch["weight"]))
         self._progress.step()
 
     def due(self) -> None:
@@ -94,7 +97,7 @@ class RunLog:
         """Waits for the steps that are due, judges each, and writes a row for them, which has the numbers of the last.
 
         Raises:
-            UserError: too many steps were skipped one after another.
+            UserError: too many steps were skipped one after another, or too many rows are bad.
         """
         span, self._due = self._due, Span()
         if not span.steps:
@@ -102,7 +105,10 @@ class RunLog:
         found = [{name: float(value) for name, value in step.items()} for step in jax.device_get(span.numbers)]
         counts = jax.device_get(span.counts)
         timed = self._timed(len(span.steps))
-        for step, values, rows in zip(span.steps, found, span.rows, strict=True):
+        for step, values, counted, (rows, weights) in zip(span.steps, found, counts, span.rows, strict=True):
+            self._bad.see(
+                step, int(counted["rows"]), int(counted["bad_rows"]), functools.partial(_weightless, rows, weights)
+            )
             skipped = bool(values.pop("skipped"))
             self._skips.see(
                 step, values["loss"], values["grad_norm"], skipped, functools.partial(sharding.gather, rows)
@@ -150,7 +156,6 @@ class RunLog:
     def _counted(self, counts: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
         """Rates over these seconds, and what was counted so far."""
         total = {name: sum(int(found[name]) for found in counts) for name in counts[0]}
-        self._bad_rows += total["bad_rows"]
         self._truncated += total["truncated_rows"]
         peak = telemetry.hbm_peak()
         return {
@@ -158,7 +163,7 @@ class RunLog:
             **self._utilisation.row(total, seconds),
             **({} if peak is None else {"hbm_peak_gib": peak}),
             "recompiles": telemetry.compiles() - self._compiled,
-            "bad_rows": self._bad_rows,
+            "bad_rows": self._bad.total,
             "truncated_rows": self._truncated,
         }
 
@@ -167,6 +172,11 @@ class RunLog:
         if distributed.first():
             for write in self._writers:
                 write(row)
+
+
+def _weightless(rows: jax.Array, weights: jax.Array) -> list[int]:
+    """The row numbers of a global batch that have weight 0."""
+    return [int(row) for row, weight in zip(sharding.gather(rows), sharding.gather(weights), strict=True) if not weight]
 
 
 def count(image_tokens: int, batch: Batch) -> dict[str, jax.Array]:

@@ -75,6 +75,7 @@ class Beside:
         writers: get every row of metrics.jsonl, in process 0.
         profile: first and last step to trace.
         stall_seconds: without any movement, after which stacks are dumped; after twice as long the process ends.
+        bad_rows: share of the rows that may have no weight; with more the run ends.
     """
 
     stop: distributed.Stop = dataclasses.field(default_factory=distributed.Stop)
@@ -83,6 +84,7 @@ class Beside:
     writers: Sequence[Callable[[Row], None]] = ()
     profile: tuple[int, int] | None = None
     stall_seconds: float = 600.0
+    bad_rows: float = 1.0
 
 
 def run(
@@ -113,7 +115,7 @@ def run(
         Whether the run is finished.
 
     Raises:
-        UserError: another job has the folder, no checkpoint there can be used, or too many steps had to be skipped.
+        UserError: another job has the folder, no checkpoint there can be used, too many steps had to be skipped, or too many rows are bad.
     """
     optimizer = optim.optimizer(config.optimizer, config.steps)
     with contextlib.ExitStack() as stack:
@@ -136,6 +138,7 @@ def run(
             around.phases,
             around.beside.names,
             around.beside.writers,
+            around.beside.bad_rows,
         )
         with contextlib.closing(log), nn.logical_axis_rules(sharding.RULES):
             last = loop(config, step, state, frozen, batches, log, around)

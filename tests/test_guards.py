@@ -85,6 +85,22 @@ def test_skipped_steps_are_listed_and_end_a_run(tmp_path, capsys):
     assert "note: step 1 is skipped: its loss is nan and its gradient's norm 1.0" in capsys.readouterr().err
 
 
+def test_bad_rows_are_listed_once_and_too_many_end_a_run(tmp_path):
+    def names(rows):
+        return [f"film{row}" for row in rows]
+
+    bad = guards.BadRows(tmp_path, names, limit=0.002)
+    bad.see(1, 100, 0, lambda: pytest.fail("asked without need"))
+    bad.see(2, 100, 2, lambda: [7, 3])  # one in a hundred, but of too few rows to judge
+    again = guards.BadRows(tmp_path, names, limit=0.002)  # the run starts again
+    again.see(9, 1500, 3, lambda: [7, 11, 7])
+    listed = [{"step": 2, "row": 3, "id": "film3"}, {"step": 2, "row": 7, "id": "film7"}]
+    assert metrics.lines(tmp_path / "bad_rows.jsonl") == [*listed, {"step": 9, "row": 11, "id": "film11"}]
+    with pytest.raises(UserError, match=r"4 of 1600 rows up to step 10 could not .* more than --bad_rows=0.002 allows"):
+        again.see(10, 100, 1, lambda: [3])
+    assert again.total == 4
+
+
 def test_spikes_are_said_and_usual_noise_is_not(capsys):
     spikes = guards.Spikes()
     losses = [2.0 + 0.05 * ((7 * step) % 11 - 5) for step in range(60)]

@@ -201,6 +201,37 @@ def test_slow_data_is_said_and_measured(training, tmp_path, capsys, monkeypatch)
     assert metrics.lines(tmp_path / "run" / "starts.jsonl")[-1]["phases"]["data"] > 2.5
 
 
+class Blank:
+    """An iterator whose second batch has two rows without weight."""
+
+    def __init__(self, batches):
+        self._batches, self._number, self.rows = batches, 0, []
+
+    def __next__(self):
+        batch, self._number = next(self._batches), self._number + 1
+        if self._number == 2:
+            self.rows = sorted(batch["index"][:2].tolist())
+            batch = {**batch, "weight": batch["weight"].copy(), "target_weights": batch["target_weights"].copy()}
+            batch["weight"][:2], batch["target_weights"][:2] = 0, 0
+        return batch
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+def test_bad_rows_are_counted_listed_and_end_a_run_that_may_have_none(training, tmp_path, monkeypatch):
+    batches, blank = type(training).batches, []
+    monkeypatch.setattr(
+        type(training), "batches", lambda self, config: blank.append(Blank(batches(self, config))) or blank[-1]
+    )
+    training.run(training.config("lm", steps=3), tmp_path / "run")
+    assert [row["bad_rows"] for row in metrics.read(tmp_path / "run")] == [0, 2, 2]
+    listed = metrics.lines(tmp_path / "run" / "bad_rows.jsonl")
+    assert [(row["step"], row["row"]) for row in listed] == [(2, row) for row in blank[0].rows]
+    with pytest.raises(UserError, match="2 of 16 rows up to step 2 could not be learned from"):
+        training.run(training.config("lm", steps=3), tmp_path / "strict", beside=train.Beside(bad_rows=0.001))
+
+
 LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped"}
 TIMED = {"steps", "step_time_s", "data_wait_s", "save_s", "evaluate_s", "goodput", "time", "recompiles"}
 COUNTED = {"tokens_per_s", "tokens_per_s_per_chip", "bad_rows", "truncated_rows"}

@@ -6,6 +6,8 @@ prompts are tokenised and its pixels prepared beforehand; ours are not.
 """
 
 import dataclasses
+import functools
+import queue
 import statistics
 import tempfile
 import time
@@ -96,23 +98,28 @@ def ours(problem: Problem, threads: int) -> Callable[[int], Written]:
     import torch
 
     from rad_jax.serving import loading
-    from rad_jax.serving.engine import Request, Stream
+    from rad_jax.serving.engine import Piece, Request, Told
 
     torch.set_num_threads(threads)
     engine = loading.load(problem.bundle, device="cpu", say=lambda _: None)
 
-    def read(stream: Stream, began: float) -> tuple[list[int], float]:
-        pieces = iter(stream)
-        tokens, first = [next(pieces).token], time.perf_counter() - began
-        return tokens + [piece.token for piece in pieces], first
-
     def write(count: int) -> Written:
-        from concurrent.futures import ThreadPoolExecutor
+        began, ended = time.perf_counter(), queue.SimpleQueue[Told]()
+        written: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
 
-        began = time.perf_counter()
-        streams = [engine.submit(Request(film, text, length)) for film, text, length in problem.requests[:count]]
-        with ThreadPoolExecutor(count) as readers:
-            return list(readers.map(lambda stream: read(stream, began), streams))
+        def tell(place: int, found: Told) -> None:
+            if isinstance(found, Piece):
+                written[place][0].append(found.token)
+                written[place][1].append(time.perf_counter() - began)
+            else:
+                ended.put(found)
+
+        for place, (film, text, length) in enumerate(problem.requests[:count]):
+            engine.submit(Request(film, text, length), functools.partial(tell, place))
+        for _ in range(count):
+            if (failure := ended.get()) is not None:
+                raise failure
+        return [(tokens, seconds[0]) for tokens, seconds in written]
 
     return write
 

@@ -50,7 +50,13 @@ OPTIONS = (
     Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
     Option("device", str, "auto", "Where to compute.", ("auto", "cpu", "cuda")),
     Option("dtype", str, None, "To compute in; without it the best that fits.", ("float32", "bfloat16", "float16")),
-    Option("weights", str, None, "Smaller weights for the language model, for cards of 8 GB.", ("int8", "nf4")),
+    Option(
+        "weights",
+        str,
+        None,
+        "Smaller weights for the language model: of 7 billion, int8 for cards of 10 GB and more, nf4 for 8 GB.",
+        ("int8", "nf4"),
+    ),
     Option(
         "dicom",
         str,

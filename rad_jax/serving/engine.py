@@ -10,8 +10,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -76,8 +76,12 @@ class Broken(Exception):
     """The engine failed on a request, for a reason that is not the request's."""
 
 
+# What a stream has to say: pieces, then None; or what went wrong, which is the last.
+Told: TypeAlias = Piece | Broken | None
+
+
 class Stream:
-    """The pieces of one request as they come; to be iterated by one thread.
+    """The pieces of one request as they come; to be iterated by one thread, unless it was submitted with a `tell`.
 
     Attributes:
         finish_reason: None while it runs; then "stop" (the text ended, or a stop string), "length" or "cancelled".
@@ -85,11 +89,12 @@ class Stream:
         completion_tokens: so far, the end of sequence included.
     """
 
-    def __init__(self, prompt_tokens: int):
+    def __init__(self, prompt_tokens: int, tell: Callable[[Told], object] | None):
         self.finish_reason: str | None = None
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.cancelled = False
-        self._queue: queue.SimpleQueue[Piece | Exception | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self.tell = tell or self._queue.put  # for the engine alone
 
     def __iter__(self) -> Iterator[Piece]:
         """
@@ -97,17 +102,13 @@ class Stream:
             Broken: the engine failed.
         """
         while (found := self._queue.get()) is not None:
-            if isinstance(found, Exception):
+            if isinstance(found, Broken):
                 raise found
             yield found
 
     def cancel(self) -> None:
         """Frees the request's slot, or its place in the queue, before the next step."""
         self.cancelled = True
-
-    def put(self, found: Piece | Exception | None) -> None:
-        """For the engine alone."""
-        self._queue.put(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +190,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, tell: Callable[[Told], object] | None = None) -> Stream:
         """Puts a request in the queue. Image and words are prepared here, in the caller's thread.
+
+        Args:
+            request: what is asked.
+            tell: gets every piece in the worker thread, which waits for it. Without it the stream is to be iterated: simpler, but a
+                thread that wakes at every token takes the interpreter from the worker.
 
         Raises:
             UserError: it can never be served: a film that is none, numbers out of range, or a prompt that fills a row.
@@ -206,7 +212,7 @@ class Engine:
             raise UserError(
                 f"the prompt has {tokens} tokens, but a row holds {self._model.max_tokens} with its text: ask a shorter question."
             )
-        row = _Row(request, ids, film, Stream(tokens), text.Detokenizer(self._tokenizer, self._open))
+        row = _Row(request, ids, film, Stream(tokens, tell), text.Detokenizer(self._tokenizer, self._open))
         with self._lock:
             if self._closing or len(self._waiting) >= self._queue_size:
                 ahead = len(self._waiting) / self._model.slots
@@ -307,7 +313,7 @@ class Engine:
                 reason = "stop"
             if reason is not None:
                 ended[reason].append(row)
-            stream.put(Piece(shown, row.token, maps[i]))
+            stream.tell(Piece(shown, row.token, maps[i]))
         self._tokens_total += len(rows)
         for reason, gone in ended.items():
             self._leave(gone, reason)
@@ -326,14 +332,14 @@ class Engine:
         if reason != "cancelled":
             self._seconds += 0.2 * (time.monotonic() - row.began - self._seconds)
         row.stream.finish_reason = reason
-        row.stream.put(None)
+        row.stream.tell(None)
 
     def _break(self, new: Sequence[_Row], error: Exception) -> None:
         """Tells the rows in progress that they have failed; what waits is tried."""
         broken = [*self._rows, *(row for row in new if row not in self._rows)]
         self._rows.clear()
         for row in broken:
-            row.stream.put(Broken(f"the engine failed on this request ({type(error).__name__})"))
+            row.stream.tell(Broken(f"the engine failed on this request ({type(error).__name__})"))
 
 
 def check(request: Request) -> None:

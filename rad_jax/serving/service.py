@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -13,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from rad_jax.serving import audit
 from rad_jax.serving.audit import Audit
-from rad_jax.serving.engine import Engine, Full, Piece, Request, Stream
+from rad_jax.serving.engine import Broken, Engine, Full, Piece, Request, Stream, Told
 from rad_jax.serving.errors import ApiError
 from rad_jax.serving.films import Film, Films
 from rad_jax.serving.metrics import Metrics
@@ -36,10 +35,6 @@ class Service:
     dicom: str
     seconds: float
     stopping: bool = False
-
-    def __post_init__(self) -> None:
-        # A thread for each request that the engine holds; it bounds them itself.
-        self._threads = ThreadPoolExecutor(1024, "answers")
 
     def check(self) -> None:
         """Raises ApiError when no request can be taken."""
@@ -68,19 +63,24 @@ class Service:
             raise ApiError(400, "the text is no valid Unicode.", code="invalid_value") from None
         record = http.state.record
         record.update(question_characters=len(request.question), max_new_tokens=request.max_new_tokens)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Told]()
+
+        def tell(found: Told) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
+                loop.call_soon_threadsafe(pieces.put_nowait, found)
+
         try:
-            stream = await asyncio.to_thread(self.engine.submit, request)
+            stream = await asyncio.to_thread(self.engine.submit, request, tell)
         except Full as error:
             self.metrics.full.inc()
             raise ApiError(
                 429, "the queue is full: try again later.", code="queue_full", retry_after=error.retry_after
             ) from error
-        return Answer(stream, self._threads, self.seconds, record, self.metrics)
+        return Answer(stream, pieces, self.seconds, record, self.metrics)
 
     def close(self) -> None:
         """Lets what runs end, then everything."""
         self.engine.close()
-        self._threads.shutdown()
         self.films.close()
         self.audit.close()
 
@@ -89,27 +89,16 @@ class Answer:
     """A text that is being written. Iterate it once; leaving the loop, in whatever way, frees its slot."""
 
     def __init__(
-        self, stream: Stream, threads: ThreadPoolExecutor, seconds: float, record: dict[str, Any], metrics: Metrics
+        self,
+        stream: Stream,
+        pieces: asyncio.Queue[Told],
+        seconds: float,
+        record: dict[str, Any],
+        metrics: Metrics,
     ):
-        self.stream, self._record, self._metrics = stream, record, metrics
+        self.stream, self._pieces, self._record, self._metrics = stream, pieces, record, metrics
         self._began = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + seconds
-        self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
-
-        def tell(found: Piece | Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
-                loop.call_soon_threadsafe(self._pieces.put_nowait, found)
-
-        def pump() -> None:
-            try:
-                for piece in stream:
-                    tell(piece)
-                tell(None)
-            except Exception as error:
-                tell(error)
-
-        threads.submit(pump)
+        self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """
@@ -158,7 +147,7 @@ class Answer:
                 found = await self._pieces.get()
         except TimeoutError:
             raise ApiError(504, "the answer took too long and was given up.", code="timeout") from None
-        if isinstance(found, Exception):
+        if isinstance(found, Broken):
             audit.say(f"error: {audit.told(found)}")
             raise ApiError(500, "the engine failed on this request.", code="engine")
         return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import chexprompt, green, judging, radfact, report, scoring
+from evaluation import chexprompt, crimson, green, judging, radfact, report, scoring
 from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
 from launch import judge as command
@@ -198,6 +198,73 @@ def test_green_takes_no_missing_block_for_a_zero():
     ):
         with pytest.raises(UnusableError):
             green.parse(broken)
+
+
+@pytest.mark.parametrize(
+    ("matched", "missed", "invented", "expected"),
+    [
+        ([crimson.Matched("urgent")], [], [], 1.0),  # crimson-score 0.2.0
+        ([], [], [], 1.0),
+        ([crimson.Matched("urgent")], ["actionable"], [], 0.6667),
+        ([crimson.Matched("urgent", ["significant"])], [], [], 0.6667),
+        ([crimson.Matched("actionable", ["significant"])], [], [], 0.5),
+        ([], [], ["actionable"], -0.3333),
+        ([], [], ["urgent"], -0.5),
+        ([crimson.Matched("actionable")], [], ["urgent"], -0.3333),
+        ([], ["urgent", "actionable"], [], 0.0),
+        ([crimson.Matched("benign")], [], [], 1.0),
+    ],
+)
+def test_crimson_arithmetic(matched, missed, invented, expected):
+    assert crimson.score(matched, missed, invented) == pytest.approx(expected, abs=5e-5)
+
+
+def test_crimson_knows_its_severities():
+    with pytest.raises(KeyError):
+        crimson.score([], ["severe"], [])
+
+
+def test_crimson_reads_the_example_of_its_prompt():
+    text = (judging.PROMPTS / "crimson.txt").read_text(encoding="utf-8")
+    reply = next(line for line in text.splitlines() if line.startswith('{"matched"'))
+    found = crimson.parse(reply)
+    # matched: 0.5 x 0.5 / (0.5 + 0.5), benign nothing; of it 0.5 for the invented one.
+    assert crimson.scores(found) == pytest.approx(
+        {"crimson": -0.25 / 1.25, "crimson_matched": 2, "crimson_missed": 1, "crimson_invented": 1}
+    )
+    assert [item["of"] for item in found.evidence] == ["matched", "matched", "missed", "invented"]
+    for broken in ("", reply.replace("urgent", "severe"), reply.replace('"missed"', '"lost"'), reply[:-2]):
+        with pytest.raises(UnusableError):
+            crimson.parse(broken)
+
+
+def test_crimson_as_a_command(tmp_path, chat_server):
+    """A server that finds every sentence with another word than the reference's invented: scores, interval and evidence are written."""
+    write_predictions(tmp_path / "p.jsonl", 8)
+
+    def reply(body):
+        reference, candidate = re.findall(r'"""(.*?)"""', body["messages"][-1]["content"], re.DOTALL)[-2:]
+        parts = [{part for part in re.split(r"[.]\s*", text) if part} for text in (reference, candidate)]
+        lists = {"missed": parts[0] - parts[1], "invented": parts[1] - parts[0]}
+        named = {
+            name: [{"finding": part, "severity": "actionable"} for part in sorted(found)]
+            for name, found in lists.items()
+        }
+        return json.dumps({"matched": [], **named})
+
+    command.judge_file(
+        tmp_path / "p.jsonl", options(tmp_path / "o", chat_server(reply).url, judge="crimson", access="public")
+    )
+    scored = judging.read(tmp_path / "o" / "scores.jsonl")["p"].scores
+    assert scored["s0"]["crimson"] == 1.0  # word for word
+    assert scored["s1"] == pytest.approx(
+        {"crimson": -1 / 3, "crimson_matched": 0, "crimson_missed": 1, "crimson_invented": 1}
+    )
+    assert scored["s2"]["crimson"] == 0.0 and scored["s2"]["crimson_missed"] == 2.0
+    entry = json.loads((tmp_path / "o" / "results.json").read_text())["metrics"][0]
+    assert entry["name"] == "crimson" and entry["ci"][0] < entry["value"] < entry["ci"][1]
+    first = json.loads((tmp_path / "o" / "evidence.jsonl").read_text().splitlines()[1])
+    assert {item["finding"] for item in first["evidence"]} == {"Clear lungs", "Edema"}
 
 
 REFERENCE = "Small left effusion. No pneumothorax. Clear lungs. Normal heart."

@@ -169,32 +169,27 @@ class Paced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def submit(self, request: Any) -> Any:
+    def submit(self, request: Any, tell: Callable[[Any], object]) -> Any:
         if self.full:
             self.full -= 1
             raise Full(1)
-        return PacedStream(self._engine.submit(request), self._pieces)
+        stream = self._engine.submit(request)
+        threading.Thread(target=self._pass_on, args=(stream, tell), daemon=True).start()
+        return stream
+
+    def _pass_on(self, stream: Any, tell: Callable[[Any], object]) -> None:
+        for piece in stream:
+            while not self._pieces.acquire(timeout=0.05):
+                if stream.finish_reason == "cancelled":
+                    return tell(None)
+            tell(piece)
+        tell(None)
 
     def give(self, pieces: int) -> None:
         self._pieces.release(pieces)
 
     def free(self) -> None:
         self._pieces.release(10**6)
-
-
-class PacedStream:
-    def __init__(self, stream: Any, pieces: threading.Semaphore):
-        self._stream, self._pieces = stream, pieces
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        for piece in self._stream:
-            while not self._pieces.acquire(timeout=0.05):
-                if self._stream.finish_reason == "cancelled":
-                    return
-            yield piece
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""The arithmetic that turns a judge's findings into scores: CRIMSON, and RadFact with boxes. Who judges, and how it is asked, is not decided here.
+"""RadFact's arithmetic, from verdicts on phrases to shares, with boxes where phrases have some (Bannur et al., MAIRA-2, 2024, section 4).
 
-CRIMSON: the definition of its package, 0.2.0. RadFact: Bannur et al., MAIRA-2 (2024), section 4.
+Who judges, and how it is asked, is in `radfact`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,33 +10,8 @@ import numpy as np
 
 from evaluation.pointing import Box
 
-CRIMSON_WEIGHTS = {"urgent": 1.0, "actionable": 0.5, "not_actionable": 0.25, "benign": 0.0}
-CRIMSON_ATTRIBUTES = {"significant": 0.5, "negligible": 0.0}
 PIXELS = 224  # side of the raster on which boxes are compared
 COVERED = 0.5  # share of a phrase's boxes that the evidence must cover
-
-
-@dataclass(frozen=True)
-class Matched:
-    """An abnormal finding of the reference that the candidate names: its severity, and how severe each wrong attribute is."""
-
-    severity: str
-    attribute_errors: Sequence[str] = ()
-
-
-def crimson(matched: Sequence[Matched], missed: Sequence[str], invented: Sequence[str]) -> float:
-    """Score in (-1, 1] of one report, from severities of `CRIMSON_WEIGHTS`; normal findings stay out of all three lists.
-
-    Raises KeyError for a severity that is not defined, where the package would count it as 0.25 and say nothing.
-    """
-    false = sum(CRIMSON_WEIGHTS[name] for name in invented)
-    weights = [CRIMSON_WEIGHTS[item.severity] for item in matched]
-    errors = [sum(CRIMSON_ATTRIBUTES[name] for name in item.attribute_errors) for item in matched]
-    correct = sum(w * w / (w + error) for w, error in zip(weights, errors, strict=True) if w)
-    if correct < false:
-        return -(false - correct) / (1 + false - correct)
-    reference = sum(weights) + sum(CRIMSON_WEIGHTS[name] for name in missed)
-    return (correct - false) / reference if reference else 1.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +37,6 @@ def radfact(phrases: Sequence[Phrase]) -> dict[str, float | None]:
         "spatial": (right, len(boxed)),
     }
     return {name: part / whole if whole else None for name, (part, whole) in shares.items()}
-
-
-def f1(precision: float, recall: float) -> float:
-    """Harmonic mean; 0 where both are 0."""
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def box_overlap(boxes: Sequence[Box], evidence: Sequence[Box]) -> dict[str, float]:
