@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -449,6 +450,29 @@ class ChatServer:
             self.send(handler, *simple[fault])
         else:
             self.send(handler, 200, self.reply(self.answer(body)))
+
+
+@pytest.fixture(scope="session")
+def client_options() -> Callable[..., Any]:
+    """What the flags of a command that asks a language model say (`rad_jax.chat.command`), with the command's own."""
+
+    def options(**own: Any) -> Any:
+        unset = ("key_variable", "attested_by", "cache", "max_cost", "requests_per_minute", "tokens_per_minute")
+        values = {
+            **dict.fromkeys((*unset, "prompt", "limit")),
+            "model": "m",
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "max_tokens": 100,
+            "concurrency": 4,
+            "timeout_s": 60.0,
+            "max_failures": 20,
+            "dry_run": False,
+            "prices": ["0", "0"],
+        }
+        return types.SimpleNamespace(**values | own)
+
+    return options
 
 
 @pytest.fixture

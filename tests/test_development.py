@@ -1,6 +1,10 @@
 """Findings written and scored while a model trains."""
 
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +83,38 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
         for n, row in rows.items()
     }
     assert [said[number] for number in range(12)] == texts[-1]
+
+
+@pytest.mark.slow
+def test_by_command(training, chain, tmp_path):
+    """launch.train scores while it trains, launch.status tells of it, and the best step's weights write findings."""
+    config, run = training.config("stage3"), tmp_path / "run"
+    config.evaluate.update({"every": 2, "split": "train", "studies": 12, "batch_size": 5, "max_new_tokens": 6})
+    record = repr(config.to_dict())
+    (tmp_path / "config.py").write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({record})\n"
+    )
+
+    def command(name, *arguments):
+        environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        line = [sys.executable, "-m", f"launch.{name}", *map(str, arguments)]
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    start = f"--config={tmp_path}/config.py", f"--data={training.corpus}", f"--base={chain / 'stage2'}"
+    told = command("train", *start, f"--workdir={run}").stderr
+    rows = metrics.lines(run / "evaluations.jsonl")
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        assert f"{row['metric']} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] at step {row['step']}" in told
+    best = checkpoint.read_best(run)
+    assert f"at step {best['step']}" in command("status", run).stdout
+    out = tmp_path / "best.jsonl"
+    wanted = f"--data={training.corpus}", "--split=train", "--limit=3", "--max_new_tokens=6", f"--out={out}"
+    command("generate", f"--checkpoint={run}@best", *wanted)
+    assert len(metrics.lines(out)) == 3
 
 
 @pytest.mark.slow

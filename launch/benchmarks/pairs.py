@@ -61,7 +61,9 @@ class Side:
         return answer
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._pipe.close()
+        self._process.join(10)
+        self._process.terminate()  # of one that is still computing
         self._process.join()
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import types
 from collections import Counter
 from pathlib import Path
 
@@ -151,30 +150,18 @@ def arguments(source, **other):
     return Arguments(dataset="openi", source=str(source), **values | other)
 
 
-def options(source, out, endpoint, **other):
-    """What the command's flags say."""
-    values = {
-        **dict.fromkeys(("language", "prompt", "limit", "key_variable", "attested_by", "cache", "max_cost")),
-        **dict.fromkeys(("requests_per_minute", "tokens_per_minute")),
-        "dataset": "openi",
-        "source": str(source),
-        "out": str(out),
-        "endpoint": endpoint,
-        "model": "m",
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "max_tokens": 1024,
-        "concurrency": 8,
-        "timeout_s": 120.0,
-        "max_failures": 300,
-        "dry_run": False,
-        "prices": ["0", "0"],
-    }
-    return types.SimpleNamespace(**values | other)
+@pytest.fixture
+def options(client_options):
+    def say(source, out, endpoint, **other):
+        own = {"language": None, "dataset": "openi", "max_tokens": 1024, "max_failures": 300}
+        own |= {"source": str(source), "out": str(out), "endpoint": endpoint}
+        return client_options(**own | other)
+
+    return say
 
 
 @pytest.mark.slow
-def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
+def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server, options):
     server = chat_server(structurer)
     server.faults = {
         3: "error",
@@ -247,7 +234,7 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server):
         pack(arguments(openi), tmp_path / "c", workers=1, progress=False)
 
 
-def test_restricted_reports_stay_here(tmp_path):
+def test_restricted_reports_stay_here(tmp_path, options):
     table = tmp_path / "my.csv"
     Image.new("L", (32, 32)).save(tmp_path / "a.png")
     table.write_text("image,findings\na.png,Clear lungs.\n")
@@ -256,7 +243,7 @@ def test_restricted_reports_stay_here(tmp_path):
         command.structure_corpus(remote)
 
 
-def test_a_spanish_corpus(tmp_path, chat_server):
+def test_a_spanish_corpus(tmp_path, chat_server, options):
     """PadChest's word stems become English texts of their films; one that is put on the wrong side is refused."""
     source = tmp_path / "padchest"
     (source / "12").mkdir(parents=True)

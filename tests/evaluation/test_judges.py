@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import types
 from typing import Any
 
 import numpy as np
@@ -238,7 +237,7 @@ def test_crimson_reads_the_example_of_its_prompt():
             crimson.parse(broken)
 
 
-def test_crimson_as_a_command(tmp_path, chat_server):
+def test_crimson_as_a_command(tmp_path, chat_server, options):
     """A server that finds every sentence with another word than the reference's invented: scores, interval and evidence are written."""
     write_predictions(tmp_path / "p.jsonl", 8)
 
@@ -370,7 +369,7 @@ def test_errors_must_be_pointed_at():
         assert found.value.reason == reason
 
 
-def test_evidence_is_kept(tmp_path, chat_server):
+def test_evidence_is_kept(tmp_path, chat_server, options):
     row = {"id": "a", "query": "", "reference": "Moderate left pleural effusion. Old healed rib fracture."}
     (tmp_path / "p.jsonl").write_text(json.dumps(row | {"prediction": "Moderate right pleural effusion."}) + "\n")
     replies = iter([evident(evidence=[]), evident()])
@@ -395,31 +394,16 @@ def write_predictions(path, count, **more):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def options(out, endpoint, **other):
-    """What the command's flags say."""
-    values = {
-        "judge": "chexprompt",
-        "out": str(out),
-        "endpoint": endpoint,
-        "model": "rules",
-        "votes": 1,
-        "draws": 200,
-        **dict.fromkeys(("data", "access", "prompt", "limit", "key_variable", "attested_by", "cache", "max_cost")),
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "max_tokens": 100,
-        "concurrency": 4,
-        "timeout_s": 60.0,
-        "max_failures": 20,
-        "requests_per_minute": None,
-        "tokens_per_minute": None,
-        "dry_run": False,
-        "prices": ["0", "0"],
-    }
-    return types.SimpleNamespace(**values | other)
+@pytest.fixture
+def options(client_options):
+    def say(out, endpoint, **other):
+        own = {"judge": "chexprompt", "model": "rules", "votes": 1, "draws": 200, "data": None, "access": None}
+        return client_options(**own | {"out": str(out), "endpoint": endpoint} | other)
+
+    return say
 
 
-def test_the_command(tmp_path, chat_server, capsys):
+def test_the_command(tmp_path, chat_server, capsys, options):
     preds, out = tmp_path / "preds.jsonl", tmp_path / "judged"
     write_predictions(preds, 40)
     server = chat_server(counter)
@@ -466,7 +450,7 @@ def test_the_command(tmp_path, chat_server, capsys):
     assert row["signature"].startswith("chexprompt-v1|prompt:")
 
 
-def test_too_many_failures_end_the_command(tmp_path, chat_server):
+def test_too_many_failures_end_the_command(tmp_path, chat_server, options):
     write_predictions(tmp_path / "preds.jsonl", 40)
     server = chat_server(lambda body: "I would rather not.")
     with pytest.raises(UserError, match=r"3 questions failed \(3 not the two lists\), more than --max_failures=2"):
@@ -476,7 +460,7 @@ def test_too_many_failures_end_the_command(tmp_path, chat_server):
         command.judge_file(tmp_path / "preds.jsonl", options(tmp_path / "o", server.url, max_failures=40))
 
 
-def test_votes_of_a_model_that_wavers(tmp_path, chat_server):
+def test_votes_of_a_model_that_wavers(tmp_path, chat_server, options):
     write_predictions(tmp_path / "preds.jsonl", 4)
     turn = itertools.count()
     server = chat_server(lambda body: two(listed((next(turn) % 2, 0, 0, 0, 0, 0)), listed((0,) * 6)))
@@ -488,7 +472,7 @@ def test_votes_of_a_model_that_wavers(tmp_path, chat_server):
     assert all(line["sd"]["chexprompt_total"] == pytest.approx(0.7071, abs=1e-4) for line in lines)
 
 
-def test_patients_of_a_corpus(tmp_path, tiny_corpus, chat_server):
+def test_patients_of_a_corpus(tmp_path, tiny_corpus, chat_server, options):
     corpus = Corpus.open(tiny_corpus)
     source = corpus.source("train")
     rows = [source[number] for number in range(8)]
@@ -501,7 +485,7 @@ def test_patients_of_a_corpus(tmp_path, tiny_corpus, chat_server):
     assert result["metrics"][0]["value"] == 0.0
 
 
-def test_restricted_predictions_stay_here(tmp_path):
+def test_restricted_predictions_stay_here(tmp_path, options):
     write_predictions(tmp_path / "preds.jsonl", 3, access="credentialed")
     remote = options(tmp_path / "o", "https://192.0.2.1/v1", judge="green", access="public")
     with pytest.raises(UserError, match=r"this data is credentialed, and 192\.0\.2\.1 is another machine"):

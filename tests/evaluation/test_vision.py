@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -19,27 +18,13 @@ from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
 
-def options(data, out, endpoint, **other):
-    """What the command's flags say."""
-    values = {
-        **dict.fromkeys(("prompt", "limit", "key_variable", "attested_by", "cache", "max_cost")),
-        **dict.fromkeys(("requests_per_minute", "tokens_per_minute")),
-        "data": str(data),
-        "split": "train",
-        "selection": "all",
-        "out": str(out),
-        "endpoint": endpoint,
-        "model": "m",
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "max_tokens": 100,
-        "concurrency": 4,
-        "timeout_s": 60.0,
-        "max_failures": 3,
-        "dry_run": False,
-        "prices": ["0", "0"],
-    }
-    return types.SimpleNamespace(**values | other)
+@pytest.fixture
+def options(client_options):
+    def say(data, out, endpoint, **other):
+        own = {"data": str(data), "split": "train", "selection": "all", "out": str(out), "endpoint": endpoint}
+        return client_options(**own | {"max_failures": 3} | other)
+
+    return say
 
 
 def seen(body):
@@ -49,7 +34,7 @@ def seen(body):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
-def test_a_corpus(tmp_path, tiny_corpus, chat_server):
+def test_a_corpus(tmp_path, tiny_corpus, chat_server, options):
     server, out = chat_server(lambda body: f"**Findings:** Mean grey is {seen(body).mean():.4f}."), tmp_path / "p.jsonl"
     server.faults = {1: "busy_ms", 3: "filtered", 4: "error"}
     told = baseline.write(options(tiny_corpus, out, server.url, dry_run=True))
@@ -77,7 +62,7 @@ def test_a_corpus(tmp_path, tiny_corpus, chat_server):
     assert info["answered"] == len(source) and info["access"] == "public" and len(info["prompt"]) == 8
 
 
-def test_restricted_films_stay_here(tmp_path, tiny_corpus):
+def test_restricted_films_stay_here(tmp_path, tiny_corpus, options):
     shutil.copytree(tiny_corpus, tmp_path / "c")
     manifest = json.loads((tmp_path / "c" / "corpus.json").read_text())
     for level in ("credentialed", None):  # a corpus that does not say counts as private
@@ -87,7 +72,7 @@ def test_restricted_films_stay_here(tmp_path, tiny_corpus):
             baseline.write(options(tmp_path / "c", tmp_path / "o", "https://192.0.2.1/v1"))
 
 
-def test_an_image_that_cannot_be_read_is_counted(tmp_path, tiny_corpus, chat_server, monkeypatch):
+def test_an_image_that_cannot_be_read_is_counted(tmp_path, tiny_corpus, chat_server, monkeypatch, options):
     decode = images.decode_png
     broken: list[bytes] = []
 
