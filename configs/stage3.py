@@ -17,7 +17,7 @@ from configs import common, hardware, stage2
 LORA = {
     "rank": 64,  # the original code's default; released adapter_config.json
     "alpha": 128.0,  # script; released adapter_config.json
-    "dropout": 0.05,  # script
+    "dropout": 0.05,  # script; in effect 13/256, and one mask for adapters of one input (models/layers.py)
     "targets": ("q", "k", "v", "o", "gate", "up", "down"),  # the original code: every linear layer but the head
 }
 EPOCHS = 3  # script
