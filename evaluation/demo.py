@@ -46,6 +46,8 @@ def summarise(out: Path, seconds: dict[str, float], install_seconds: float | Non
             "baseline_thumbnail_f1": _value(results["real"], "finding_macro_f1", "nearest thumbnail"),
             "pointing_accuracy": grounding["accuracy"],
             "pointing_chance": grounding["chance"],
+            "pointing_shuffled": grounding["shuffled"]["shuffled_accuracy"],
+            "pointing_p": grounding["shuffled"]["p"],
         }
     return summary | {
         "bleu1": _value(results["real"], "bleu_1"),
@@ -122,6 +124,8 @@ def _tiles(summary: dict[str, Any]) -> list[page.Tile]:
         tiles.append(tile("Macro F1 on noise", "noise_macro_f1", "must fall: the model looks", half))
         tiles.append(tile("Macro F1 on another's image", "shuffled_macro_f1", "must fall: the model looks", half))
         chance = [(summary["pointing_chance"], "chance")]
+        if summary["pointing_shuffled"] is not None:
+            chance.append((summary["pointing_shuffled"], "maps of other patients"))
         tiles.append(tile("Pointing game", "pointing_accuracy", "attention maximum inside the true box", chance))
     candidates = summary["retrieval_candidates"]
     marks = [(min(1.0, 5 / candidates), "chance")] + ([(FLOORS["retrieval_r5"], "floor")] if len(tiles) else [])

@@ -86,6 +86,9 @@ def _scores(result: Json) -> str:
     for profile in tables.profiles_of(result):
         head, *rows = tables.summary(result, profile)
         cards.append(page.table_card(page.Table(title=f"Profile {profile}", columns=head, rows=rows)))
+        if others := tables.rest(result, profile):
+            head, *rows = others
+            cards.append(page.table_card(page.Table(title=f"Profile {profile}, the rest", columns=head, rows=rows)))
     if result["published"]:
         columns = ["system", "metric", "profile", "value", "source"]
         rows = [[str(row[key]) for key in columns] for row in result["published"]]

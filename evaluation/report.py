@@ -121,6 +121,11 @@ def evaluate(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Json
         profile = profiles.PROFILES[part.profile]
         for name, metrics in part.systems.items():
             rows = scoring.entries(metrics, part.setting, profile.median)
+            of_judges = {key for judged in options.judged if name in judged for key in judged[name].names()}
+            rows = [
+                row | (judging.extras(metric) if metric.name in of_judges else {})
+                for row, metric in zip(rows, metrics, strict=True)
+            ]
             result["metrics"] += [{"profile": part.profile, "system": name} | row for row in rows]
     result["metrics"].sort(key=lambda row: [s["name"] for s in result["systems"]].index(row["system"]))
     result["published"] = published.beside(result["metrics"])
@@ -419,9 +424,15 @@ def _warnings(
     if not rouge.installed() and any(profiles.PROFILES[name].rouge for name in options.profiles):
         out.append("ROUGE is left out: rouge-score is not installed (pip install rad_jax[eval]).")
     needs: dict[str, str] = {}
+    # "chexprompt" is there when a judge of that name gave chexprompt_total and others.
+    judges = tuple(
+        {name.split("_")[0] for judged in options.judged for system in judged.values() for name in system.names()}
+    )
     for name in options.profiles:
         absent = profiles.absent(profiles.PROFILES[name], labelled, annotated)
-        needs |= {metric: need for metric, need in absent.items() if metric not in given}
+        needs |= {
+            metric: need for metric, need in absent.items() if metric not in given and not metric.startswith(judges)
+        }
     for need in dict.fromkeys(needs.values()):
         names = [name for name in needs if needs[name] == need]
         out.append(f"{', '.join(names)} left out: {'it needs' if len(names) == 1 else 'they need'} {need}.")

@@ -66,7 +66,7 @@ def _entry(metric: Metric, totals: np.ndarray, setting: Setting, median: bool) -
         "scale": metric.scale,
     }
     if metric.per_finding:
-        entry["per_finding"] = _with_intervals(metric.per_finding, totals)
+        entry["per_finding"] = _with_intervals(metric.per_finding, totals, metric.rows.sum(axis=0, keepdims=True))
     return entry
 
 
@@ -79,15 +79,27 @@ def _interval(metric: Metric, samples: np.ndarray, total: float, setting: Settin
     return statistics.bca_interval(samples, total, left_out)
 
 
-def _with_intervals(per_finding: Json, totals: np.ndarray) -> Json:
-    """Adds the percentile interval of every class's F1, from totals that start with tp, fp and fn of the classes."""
+def _with_intervals(per_finding: Json, totals: np.ndarray, total: np.ndarray) -> Json:
+    """Adds to every class the interval of its F1, and what was omitted of the reference's cases and invented among the candidate's.
+
+    totals: resampled, starting with tp, fp and fn of the classes; total: the same of all reports, [1, k].
+    """
     count = len(per_finding)
-    tp, fp, fn = (totals[:, i * count : (i + 1) * count] for i in range(3))
-    f1 = statistics.ratio(2 * tp, 2 * tp + fp + fn)
-    return {
-        name: scores | {"f1_ci": statistics.percentile_interval(f1[:, i])}
-        for i, (name, scores) in enumerate(per_finding.items())
-    }
+
+    def shares(sums: np.ndarray) -> dict[str, np.ndarray]:
+        tp, fp, fn = (sums[:, i * count : (i + 1) * count] for i in range(3))
+        parts = {"f1": (2 * tp, 2 * tp + fp + fn), "omitted": (fn, tp + fn), "invented": (fp, tp + fp)}
+        return {name: statistics.ratio(*part) for name, part in parts.items()}
+
+    drawn, seen = shares(totals), shares(total)
+    counts = {"omitted": total[0, 2 * count : 3 * count], "invented": total[0, count : 2 * count]}
+    out = {}
+    for i, (name, scores) in enumerate(per_finding.items()):
+        out[name] = scores | {"f1_ci": statistics.percentile_interval(drawn["f1"][:, i])}
+        for kind, found in counts.items():
+            interval = statistics.percentile_interval(drawn[kind][:, i])
+            out[name][kind] = {"count": int(found[i]), "share": number(seen[kind][0, i]), "ci": interval}
+    return out
 
 
 def compare(

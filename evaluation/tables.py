@@ -15,8 +15,12 @@ HEADLINES = {
     "laterality": "laterality",
     "chexbert_micro_14": "CheXbert micro 14",
     "chexbert_macro_14": "CheXbert macro 14",
+    "chexbert_micro_5": "CheXbert micro 5",
+    "chexbert_macro_5": "CheXbert macro 5",
     "chexbert_micro_14_plus": "CheXbert micro 14+",
     "chexbert_macro_14_plus": "CheXbert macro 14+",
+    "chexbert_micro_5_plus": "CheXbert micro 5+",
+    "chexbert_macro_5_plus": "CheXbert macro 5+",
     "rules_micro_14": "rules micro 14",
     "rules_macro_14": "rules macro 14",
     "bleu_1": "BLEU-1",
@@ -28,6 +32,11 @@ HEADLINES = {
     "semb_score": "SembScore",
     "radcliq_v0": "RadCliQ v0",
     "radcliq_v1": "RadCliQ v1",
+    "chexprompt_significant": "CheXprompt significant errors",
+    "chexprompt_total": "CheXprompt errors",
+    "green": "GREEN",
+    "crimson": "CRIMSON",
+    "radfact_f1": "RadFact F1",
 }
 
 
@@ -45,6 +54,15 @@ def summary(result: Json, profile: str) -> list[list[str]]:
     for system in result["systems"]:
         rows.append([system["name"], *(with_interval(cells.get((system["name"], name))) for name in used)])
     return rows
+
+
+def rest(result: Json, profile: str) -> list[list[str]]:
+    """Head row and one row per metric that is no headline and in no panel, systems in columns; empty when there is none."""
+    names = [system["name"] for system in result["systems"]]
+    cells = {(row["name"], row["system"]): row for row in result["metrics"] if row["profile"] == profile}
+    used = [name for name in dict.fromkeys(name for name, _ in cells) if name not in (*HEADLINES, *panels.NAMES)]
+    rows = [[name, *(with_interval(cells.get((name, system))) for system in names)] for name in used]
+    return [["metric", *names], *rows] if rows else []
 
 
 def panel(result: Json) -> list[list[str]]:
@@ -78,11 +96,16 @@ def per_finding(result: Json, system: str) -> list[list[str]]:
     found = next((r for r in result["metrics"] if r["system"] == system and r.get("per_finding")), None)
     if found is None:
         return []
-    rows = [["finding", "precision", "recall", "F1 (95%)", "support", "predicted"]]
+    rows = [["finding", "precision", "recall", "F1 (95%)", "support", "predicted", "omitted (95%)", "invented (95%)"]]
     for name, s in found["per_finding"].items():
         f1 = with_interval({"value": s["f1"], "ci": s["f1_ci"], "scale": 1.0})
         numbers = [digits(s["precision"], 3), digits(s["recall"], 3), f1, str(s["support"]), str(s["predicted"])]
-        rows.append([name.replace("_", " "), *numbers])
+        shares = [
+            with_interval(s[kind] | {"value": s[kind]["share"], "scale": 1.0}) for kind in ("omitted", "invented")
+        ]
+        counts = (s[kind]["count"] for kind in ("omitted", "invented"))
+        cells = [f"{count}: {share}" if share != "-" else "-" for count, share in zip(counts, shares, strict=True)]
+        rows.append([name.replace("_", " "), *numbers, *cells])
     return rows
 
 
@@ -103,6 +126,8 @@ def markdown(result: Json) -> str:
     parts = ["# Evaluation", f"{result['inputs'][0]['n']} reports scored. Brackets: 95% interval.", *result["warnings"]]
     for profile in profiles_of(result):
         parts += [f"## Profile {profile}", markdown_table(summary(result, profile))]
+        if table := rest(result, profile):
+            parts.append(markdown_table(table))
     if table := comparisons(result):
         parts += ["## Comparisons", markdown_table(table)]
     first = result["systems"][0]["name"]
@@ -142,10 +167,14 @@ def csv_text(result: Json) -> str:
 
 
 def latex(result: Json) -> str:
-    """One booktabs table per profile, systems in rows, intervals as subscripts."""
+    """Two booktabs tables per profile, headlines with systems in rows and the rest with systems in columns; intervals are subscripts."""
     parts = []
-    for profile in profiles_of(result):
-        rows = summary(result, profile)
+    tables = [
+        (profile, rows) for profile in profiles_of(result) for rows in (summary(result, profile), rest(result, profile))
+    ]
+    for profile, rows in tables:
+        if not rows:
+            continue
         body = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in rows]
         lines = [
             f"% profile {profile}; needs \\usepackage{{booktabs}}",

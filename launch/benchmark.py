@@ -25,12 +25,14 @@ suites
                   images a second that each host of a pod must feed, and whether it can. Three minutes.
   intervals       2,000 bootstrap draws over 2,461 reports: ours resamples rows of sums; theirs computes scikit-learn's F1 (eight averages)
                   and sacrebleu again for every draw, timed for a few and multiplied. A minute.
+  evaluation      `intervals` and `labels` in one run; and how long all scores without weights take for 2,461 reports, and the ranks among
+                  100,000 image-report pairs, with the memory that takes. Ten minutes.
   labels          14 labels of 128 reports by a BERT-base of random weights: ours in batches by length, theirs in PyTorch one report at a
                   time and 64 at a time; all logits must be equal. Some minutes.
 
 Rows are name, ours_s, peer_s, ratio (above 1: ours is faster). In all but `weights` each side is a process that waits while
 another one runs; the sides take turns, and the seconds are medians over --rounds. A row says what of their work ours does without. In
-`intervals` and `labels` each side runs once in this process, after what has to be compiled. In
+`intervals`, `labels` and `evaluation` each side runs once in this process, after what has to be compiled. In
 `weights` a row has the greatest memory of each side: anonymous memory (its own, sampled) and resident memory (with mapped files).
 """
 
@@ -45,7 +47,7 @@ from rad_jax import errors
 _SUITE = flags.DEFINE_enum(
     "suite",
     "weights",
-    ["train_step", "projector_step", "decode", "serve", "weights", "input", "intervals", "labels"],
+    ["train_step", "projector_step", "decode", "serve", "weights", "input", "intervals", "labels", "evaluation"],
     "What is timed; see above.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Runs of each side that count, in the first four suites.", lower_bound=1)
@@ -84,10 +86,12 @@ def main(_: Sequence[str]) -> None:
     elif _SUITE.value == "serve":
         rows = serve.run(_ROUNDS.value, _THREADS.value)
         pairs.table(rows)
-    elif _SUITE.value in ("intervals", "labels"):
+    elif _SUITE.value in ("intervals", "labels", "evaluation"):
         from evaluation import benchmark
 
-        rows = benchmark.bootstrap() if _SUITE.value == "intervals" else benchmark.labels_per_second()
+        parts = {"intervals": [benchmark.bootstrap], "labels": [benchmark.labels_per_second]}
+        parts["evaluation"] = [*parts["intervals"], *parts["labels"], benchmark.whole_panel, benchmark.large_pool]
+        rows = [row for part in parts[_SUITE.value] for row in part()]
         benchmark.table(rows)
     else:
         rows = llava.run(_SUITE.value, _ROUNDS.value, _THREADS.value)

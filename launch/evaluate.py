@@ -17,7 +17,6 @@ that BERTScore is weighted by.
 view, sex, age and whether there is an indication from --data.
 With --data the intervals resample patients; with the phantom corpus the findings are also judged against what was drawn.
 --judged names score files of launch.judge, whose systems have the names of the predictions files: a judge's scores beside the others, paired.
-per_report.jsonl has every report's own score.
 per_report.jsonl has every report's own score. report.html is one file for a browser, offline: scores, findings, and the --cases worst reports
 beside their references, with images from --data and, with --attention=DIR of launch.ground --every_word, the map of each word of the first
 system under the mouse. Unless the data is public (--access, or a corpus that is drawn), it carries a banner and is readable by its owner
@@ -34,7 +33,7 @@ from typing import Any
 from absl import flags
 
 from evaluation import bleu, html_sources, judging, labels, profiles, radgraph, report, tables
-from evaluation.predictions import read_predictions
+from evaluation.predictions import access_of, read_predictions
 from launch import label
 from rad_jax import errors
 from rad_jax.errors import UserError
@@ -135,6 +134,8 @@ def evaluate(inputs: Sequence[report.Input], options: report.Options, out: Path,
     (out / "results.tex").write_text(tables.latex(result), encoding="utf-8")
     with (out / "per_report.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    if options.access != "public":  # it has the reports' ids
+        (out / "per_report.jsonl").chmod(0o600)
     report.require(result, required)
     return result
 
@@ -152,6 +153,7 @@ def main(argv: Sequence[str]) -> None:
         profiles=names,
         bleu=options.bleu,
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
+        labels_by=options.labels_by,
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         interval=options.interval,
         draws=options.draws,
@@ -162,8 +164,10 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.groups and options.groups != CORPUS:
         wanted = dataclasses.replace(wanted, groups=read_groups(Path(options.groups)))
-    if options.access:
-        wanted = dataclasses.replace(wanted, access=options.access)
+    rows = [row for item in inputs for row in item.read.rows]
+    if options.access or options.data or any(row.access for row in rows):
+        known = wanted.access if options.data else None
+        wanted = dataclasses.replace(wanted, access=access_of(rows, options.access, known))
     if options.weights:
         from evaluation import models
 
@@ -210,6 +214,11 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string(
+        "labels_by",
+        "chexbert",
+        "Which labeler made the files of --labels: the name of its scores, as in chexbert_micro_14.",
+    )
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_list("judged", [], "Score files of launch.judge.")
     flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
@@ -221,7 +230,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("cases", 50, "Cases in report.html, the worst first.", lower_bound=1)
     flags.DEFINE_string("attention", None, "Folder of launch.ground --every_word for the first predictions file.")
     flags.DEFINE_enum(
-        "access", None, ["public", "credentialed", "private"], "Who may see the data; else the corpus says."
+        "access",
+        None,
+        ["public", "credentialed", "private"],
+        "Who may see the data; the strictest of this, --data and the rows counts.",
     )
     flags.DEFINE_enum("interval", "percentile", ["percentile", "bca"], "Kind of the 95% intervals.")
     flags.DEFINE_integer("draws", None, "Bootstrap draws, instead of the profile's.", lower_bound=100)

@@ -14,6 +14,15 @@ def test_both_sides_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
+def test_a_test_set_and_a_large_pool(capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory is what is tested here: the similarities of 20,000 pairs alone would be 1.6 GB."""
+    rows = benchmark.whole_panel(reports=30) + benchmark.large_pool(pairs=20_000)
+    assert rows[0]["reports"] == 30 and rows[1]["pairs"] == 20_000 and rows[1]["peak_bytes"] < 1.2e9
+    benchmark.table(rows)
+    assert "GB at most" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_labels_of_both_sides_are_equal() -> None:
     pytest.importorskip("torch")
     rows = benchmark.labels_per_second(reports=20, depth=1, width=64)

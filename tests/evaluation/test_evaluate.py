@@ -1,6 +1,7 @@
 """The whole evaluation on a small corpus that stands in memory, and the command as a user runs it."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from evaluation import corpus as corpora
-from evaluation import labels, profiles, report, rouge, scoring, tables
+from evaluation import labels, panels, profiles, report, rouge, scoring, tables
 from evaluation.predictions import Predictions, Row
 from launch import compare
 from launch import evaluate as command
@@ -170,7 +171,10 @@ def test_values_by_hand(tmp_path: Path) -> None:
     table = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert {row["metric"] for row in table} == {row["name"] for row in result["metrics"]}
     latex = (tmp_path / "out" / "results.tex").read_text()
-    assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 1 and "BLEU-4" in latex
+    assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 2 and "BLEU-4" in latex
+    markdown, shown = (tmp_path / "out" / "results.md").read_text(), {*tables.HEADLINES, *panels.NAMES}
+    for name in {row["name"] for row in result["metrics"]} - shown:  # what is no headline is in a table of its own
+        assert f"| {name} " in markdown and name.replace("_", "\\_") in latex
 
 
 def test_several_systems_are_compared_paired(tmp_path: Path) -> None:
@@ -246,6 +250,9 @@ def test_label_files_give_their_metrics(tmp_path: Path) -> None:
     assert value(result, "chexbert_micro_14_plus") == pytest.approx(2 * 3 / (2 * 3 + 1))
     assert value(result, "chexbert_macro_5") == pytest.approx(2 / 3 / 5)
     assert not any("chexbert" in warning.split(" left out")[0] for warning in result["warnings"])
+    other, _ = report.evaluate(inputs, dataclasses.replace(options, labels_by="mine"))
+    assert value(other, "mine_micro_14") == value(result, "chexbert_micro_14")
+    assert (report.lookup(other, "mine_micro_14") or {})["signature"].startswith("mine|labels:14|")
     labels.write_csv(tmp_path / "said.csv", ["a"], said[:1])
     with pytest.raises(UserError, match="--labels: a file lacks 3 of the 4 studies"):
         report.evaluate(command.read_inputs([preds], [tmp_path / "said.csv"]), options)
@@ -372,6 +379,36 @@ def test_command_ends_in_one_sentence(tmp_path: Path, arguments: list[str], mess
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_required_metric_that_is_missing_is_status_2_with_the_rest_written(tmp_path: Path) -> None:
+    preds = write(tmp_path / "p.jsonl", PREDICTIONS)
+    done = run(str(preds), f"--out={tmp_path / 'out'}", "--require=bleu_4,chexbert_micro_14")
+    assert done.returncode == 2 and "--require: chexbert_micro_14 was not computed" in done.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("level", "flags", "expected"),
+    [
+        ("credentialed", [], "credentialed"),
+        ("credentialed", ["--access=public"], "credentialed"),
+        ("public", [], "public"),
+        ("", ["--access=public"], "public"),
+    ],
+)
+def test_the_strictest_access_counts(tmp_path: Path, level: str, flags: list[str], expected: str) -> None:
+    preds = write(tmp_path / "p.jsonl", PREDICTIONS)
+    rows = [json.loads(line) | ({"access": level} if level else {}) for line in preds.read_text().splitlines()]
+    preds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(str(preds), f"--out={tmp_path / 'out'}", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["inputs"][0]["access"] == expected
+    restricted = "Restricted data." in (tmp_path / "out" / "report.html").read_text()
+    assert restricted == (expected != "public")
+    mode = (tmp_path / "out" / "per_report.jsonl").stat().st_mode & 0o077
+    assert (mode == 0) == (expected != "public")
 
 
 def test_groups_of_a_corpus() -> None:

@@ -447,7 +447,9 @@ def test_the_command(tmp_path, chat_server, capsys, options):
     found = evaluate.evaluate([*evaluate.read_inputs([preds])], given, tmp_path / "e")
     row = report.lookup(found, "chexprompt_total")
     assert row is not None and row["value"] == pytest.approx(np.mean(errors))
-    assert row["signature"].startswith("chexprompt-v1|prompt:")
+    assert row["signature"].startswith("chexprompt-v1|prompt:") and row["sd"] == pytest.approx(np.std(errors, ddof=1))
+    assert not any("chexprompt" in sentence for sentence in found["warnings"])
+    assert "CheXprompt significant errors" in (tmp_path / "e" / "results.md").read_text()
 
 
 def test_too_many_failures_end_the_command(tmp_path, chat_server, options):

@@ -79,6 +79,12 @@ def test_per_finding() -> None:
     entry = scoring.entries([metric], scoring.Setting(range(6), "report", 100, 0))[0]
     assert entry["per_finding"]["Lung Opacity"]["f1_ci"] == (1.0, 1.0)
     assert entry["per_finding"]["Fracture"]["f1_ci"] is None
+    missed = entry["per_finding"]["Pleural Effusion"]
+    assert (missed["omitted"]["count"], missed["omitted"]["share"], missed["omitted"]["ci"]) == (1, 1.0, (1.0, 1.0))
+    assert (missed["invented"]["count"], missed["invented"]["share"]) == (1, 1.0)
+    assert entry["per_finding"]["Fracture"]["omitted"] == {"count": 0, "share": None, "ci": None}
+    opacity = entry["per_finding"]["Lung Opacity"]
+    assert opacity["omitted"]["count"] == opacity["invented"]["count"] == 0 and opacity["omitted"]["share"] == 0.0
 
 
 def test_five_are_the_five() -> None:
