@@ -202,17 +202,16 @@ def test_slow_data_is_said_and_measured(training, tmp_path, capsys, monkeypatch)
 
 
 class Blank:
-    """An iterator whose second batch has two rows without weight."""
+    """An iterator whose batches lose the weight of two rows each; `bad` are the rows without weight of every batch."""
 
     def __init__(self, batches):
-        self._batches, self._number, self.rows = batches, 0, []
+        self._batches, self.bad = batches, []
 
     def __next__(self):
-        batch, self._number = next(self._batches), self._number + 1
-        if self._number == 2:
-            self.rows = sorted(batch["index"][:2].tolist())
-            batch = {**batch, "weight": batch["weight"].copy(), "target_weights": batch["target_weights"].copy()}
-            batch["weight"][:2], batch["target_weights"][:2] = 0, 0
+        batch = dict(next(self._batches))
+        batch["weight"] = batch["weight"].copy()
+        batch["weight"][:2] = 0
+        self.bad.append(batch["index"][batch["weight"] == 0].tolist())
         return batch
 
     def __getattr__(self, name):
@@ -220,16 +219,25 @@ class Blank:
 
 
 def test_bad_rows_are_counted_listed_and_end_a_run_that_may_have_none(training, tmp_path, monkeypatch):
-    batches, blank = type(training).batches, []
-    monkeypatch.setattr(
-        type(training), "batches", lambda self, config: blank.append(Blank(batches(self, config))) or blank[-1]
-    )
-    training.run(training.config("lm", steps=3), tmp_path / "run")
-    assert [row["bad_rows"] for row in metrics.read(tmp_path / "run")] == [0, 2, 2]
+    batches, made = type(training).batches, []
+
+    def blank(self, config):
+        made.append(Blank(batches(self, config)))
+        return made[-1]
+
+    monkeypatch.setattr(type(training), "batches", blank)
+    training.run(training.config("stage1", steps=3), tmp_path / "run")
+    bad = made[0].bad[:3]
+    assert [row["bad_rows"] for row in metrics.read(tmp_path / "run")] == np.cumsum(
+        [len(rows) for rows in bad]
+    ).tolist()
     listed = metrics.lines(tmp_path / "run" / "bad_rows.jsonl")
-    assert [(row["step"], row["row"]) for row in listed] == [(2, row) for row in blank[0].rows]
-    with pytest.raises(UserError, match="2 of 16 rows up to step 2 could not be learned from"):
-        training.run(training.config("lm", steps=3), tmp_path / "strict", beside=train.Beside(bad_rows=0.001))
+    assert sorted(row["row"] for row in listed) == sorted({row for rows in bad for row in rows})
+    assert all(row["row"] in bad[row["step"] - 1] for row in listed)
+    with pytest.raises(
+        UserError, match=r"of \d+ rows up to step \d could not be learned from, more than --bad_rows=0.001"
+    ):
+        training.run(training.config("stage1", steps=3), tmp_path / "strict", beside=train.Beside(bad_rows=0.001))
 
 
 LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped"}
