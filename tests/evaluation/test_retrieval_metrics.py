@@ -84,6 +84,20 @@ def test_ties_for_and_against() -> None:
     assert (forth.expected - 1).tolist() == [0, 1, 1.5, 0.5]
     back, _ = retrieval_metrics.both_ranks(scores.T, np.eye(4))
     assert (back.first - 1).tolist() == [0, 0, 1, 1]
+    assert (back.last - 1).tolist() == [0, 0, 2, 1]
+    for ranks, ties, expected in (
+        (forth, "for", (0.5, 1.0)),
+        (forth, "against", (0.25, 0.75)),
+        (forth, "expected", (0.375, 0.875)),
+        (back, "for", (0.5, 1.0)),
+        (back, "against", (0.5, 0.75)),
+        (back, "expected", (0.5, 0.875)),
+    ):
+        found = retrieval_metrics.summary(ranks, ties, at=(1, 2))
+        assert (found["r1"], found["r2"]) == expected
+    # Ranks from 1, in order: 1 2 2 3, 1 1 2 2, and where one tie is open 1 1.5 2 2.5.
+    medians = [retrieval_metrics.summary(forth, ties)["median_rank"] for ties in ("against", "for", "expected")]
+    assert medians == [2.0, 1.5, 1.75]
 
 
 def test_precision_counts_what_has_the_same_labels() -> None:
