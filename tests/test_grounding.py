@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evaluation.looking import Looker
+from launch import ground
 from rad_jax import tasks
+from rad_jax.corpus import Corpus
+from rad_jax.errors import UserError
 from rad_jax.grounding import attention_of_tower
 from rad_jax.images import normalise
 
@@ -52,6 +56,40 @@ def test_attention_of_the_tower(training):
     np.testing.assert_allclose(like, expected, atol=1e-5)
 
 
+def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_path):
+    """Refused before any map is made: predictions of the validation split, and a single one among others."""
+
+    class Blind(Looker):
+        image_size, what = 32, "llava"
+
+        def maps(self, targets):
+            raise AssertionError("looked")
+
+    corpus = Corpus.open(training.corpus)
+    splits = {split: corpus.source(split) for split in ("validation", "test")}
+    records = {split: [source[number] for number in range(len(source))] for split, source in splits.items()}
+    seen = next(record for record in records["validation"] if record["annotations"] != "[]")
+
+    def predict(rows):
+        path = tmp_path / "p.jsonl"
+        lines = [{"id": r["id"], "query": "", "reference": r["findings"], "prediction": r["findings"]} for r in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ground.of_predictions(Blind(), training.corpus, path, tmp_path / "out", False)
+
+    for rows, count in (([seen], "1 of its 1 patients"), ([*records["test"], seen], "1 of its ")):
+        with pytest.raises(UserError, match=f"p.jsonl: {count}.* among those that the heads are chosen on"):
+            predict(rows)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match="looked"):  # of other patients alone: goes on
+        predict(records["test"])
+
+    one, other, unnamed = ({"id": name, "patient": patient} for name, patient in (("a", "p"), ("b", "p"), ("p", "")))
+    ground.check_apart([one], [{"id": "a", "patient": "q"}], Path("p.jsonl"))
+    for rows in ([other], [unnamed]):
+        with pytest.raises(UserError, match="1 of its 1 patients"):
+            ground.check_apart([one], rows, Path("p.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage3", "stage1"])
 def test_command_on_real_boxes(chain, real, tmp_path, stage):
@@ -77,8 +115,6 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
 @pytest.mark.slow
 def test_every_word_of_the_predictions(chain, training, tmp_path):
     """Maps of all words, which the evaluation's page takes as they are."""
-    from rad_jax.corpus import Corpus
-
     source = Corpus.open(training.corpus).source("test")
     rows = [source[number] for number in range(min(3, len(source)))]
     predictions = tmp_path / "p.jsonl"
@@ -112,7 +148,6 @@ def test_retrieval_and_zero_shot(chain, training, tmp_path):
     """Ranks, and fourteen classes of drawn films: the model has seen four steps, so what is asserted holds for every model."""
     from evaluation.labels import CLASSES
     from evaluation.zero_shot import default_prompts
-    from rad_jax.corpus import Corpus
 
     def run(out, *arguments):
         command = [sys.executable, "-m", "launch.retrieve", f"--checkpoint={chain / 'stage1'}"]
