@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import chexprompt, crimson, green, judging, radfact, report, scoring
+from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring
+from evaluation.grounded import Phrase
 from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
 from launch import judge as command
@@ -118,11 +119,12 @@ def aggregate(values, failed=0, reason="filtered"):
 
 
 def test_aggregates():
-    """Hand-computed: four reports rated, one failed."""
+    """Hand-computed: four reports rated, one failed. The standard deviation is the sample's, 1.7078; the population's, 1.4790, is not reported."""
     found, lines = aggregate([(0, 0), (1, 0), (3, 1), (0, 2)], failed=1)
     assert found["chexprompt_significant"].total() == 1.0
     assert found["chexprompt_total"].total() == 1.75
-    assert judging.extras(found["chexprompt_total"])["sd"] == pytest.approx(1.7078, abs=1e-4)
+    spread = judging.extras(found["chexprompt_total"])["sd"]
+    assert spread == pytest.approx(1.7078, abs=1e-4) and spread * np.sqrt(3 / 4) == pytest.approx(1.4790, abs=1e-4)
     free = found["chexprompt_significant_free"]
     assert (free.total(), free.n, free.n_failed) == (0.5, 4, 1)
     assert judging.extras(free)["bounds"] == pytest.approx([0.4, 0.6])
@@ -306,9 +308,14 @@ def test_radfact():
 
 
 def test_the_harmonic_mean_is_that_of_the_means():
-    """RadFact's own test: spatial precision 0.5 and recall 0.6667 give 0.5714."""
-    judged = judging.Judged("sig", {"a": {"radfact_precision": 0.5, "radfact_recall": 2 / 3}})
-    assert {m.name: m.total() for m in judging.metrics(judged, ["a"])}["radfact_f1"] == pytest.approx(0.5714, abs=1e-4)
+    """RadFact's own test, from verdicts: logical precision and recall 0.75 give 0.75, spatial 0.5 and 0.6667 give 0.5714."""
+    said = grounded.radfact([Phrase(True), Phrase(True, True), Phrase(True, False), Phrase(False)])
+    true = grounded.radfact([Phrase(True, True), Phrase(True, True), Phrase(True), Phrase(False, True)])
+    for share, expected in (("logical", (0.75, 0.75, 0.75)), ("spatial", (0.5, 0.6667, 0.5714))):
+        judged = judging.Judged("sig", {"a": {"radfact_precision": said[share], "radfact_recall": true[share]}})
+        found = {m.name: m.total() for m in judging.metrics(judged, ["a"])}
+        names = ("radfact_precision", "radfact_recall", "radfact_f1")
+        assert [found[name] for name in names] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_failed_call_fails_the_report():
@@ -509,7 +516,7 @@ def test_scores_that_do_not_fit_are_refused(tmp_path):
 
 def test_every_judge_has_a_prompt_of_its_own():
     signatures = {make().signature for make in command.JUDGES.values()}
-    assert len(signatures) == 4
+    assert len(signatures) == len(command.JUDGES) == 5
     for make in command.JUDGES.values():
         questions = make().first(judging.Pair("i", "REFERENCE TEXT", "CANDIDATE TEXT"), 0)
         asked = " ".join(message["content"] for question in questions for message in question.messages)
