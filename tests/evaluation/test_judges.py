@@ -1,5 +1,6 @@
 """Judges: parsers against hand-written replies, aggregates against published arithmetic, and commands against a server on this machine."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -521,3 +522,63 @@ def test_every_judge_has_a_prompt_of_its_own():
         questions = make().first(judging.Pair("i", "REFERENCE TEXT", "CANDIDATE TEXT"), 0)
         asked = " ".join(message["content"] for question in questions for message in question.messages)
         assert "REFERENCE TEXT" in asked and "CANDIDATE TEXT" in asked and "{{" not in asked
+
+
+OWN = """Another wording; this line is not sent.
+### system
+SYSTEM OF THE FILE
+### user
+Count. Reference: {{reference}}
+Candidate: \"\"\"{{candidate}}\"\"\"
+"""
+
+
+def test_a_prompt_of_the_users(tmp_path, chat_server, options):
+    """Its turns are what is sent, filled in, its hash is in the signature, and another prompt's answers are not taken from the cache."""
+    preds, prompt, out = tmp_path / "p.jsonl", tmp_path / "own.txt", tmp_path / "o"
+    write_predictions(preds, 1)
+    prompt.write_text(OWN, encoding="utf-8")
+    server = chat_server(lambda body: PLAIN)
+    command.judge_file(preds, options(out, server.url))
+    command.judge_file(preds, options(out, server.url, prompt=str(prompt)))
+    ours, own = (body["messages"] for body in server.bodies)  # two questions
+    report_text = f"{REFERENCE} Note 0."
+    assert own == [
+        {"role": "system", "content": "SYSTEM OF THE FILE"},
+        {"role": "user", "content": f'Count. Reference: {report_text}\nCandidate: """{report_text}"""'},
+    ]
+    assert ours != own and "SYSTEM OF THE FILE" not in str(ours)
+    digest = hashlib.sha256(prompt.read_bytes()).hexdigest()[:8]
+    scores = judging.read(out / "scores.jsonl")["p"]
+    assert scores.signature.startswith(f"chexprompt-v1|prompt:{digest}|model:rules|")
+    assert scores.scores["s0"]["chexprompt_total"] == sum(SIGNIFICANT) + sum(INSIGNIFICANT)
+    result = json.loads((out / "results.json").read_text())
+    assert all(f"|prompt:{digest}|" in entry["signature"] for entry in result["metrics"])
+    for judge in ("green", "crimson", "chexprompt_json"):
+        made = command.JUDGES[judge](prompt)
+        assert f"|prompt:{digest}" in made.signature
+        assert made.first(judging.Pair("i", "R", "C"), 0)[0].messages[0]["content"] == "SYSTEM OF THE FILE"
+
+
+@pytest.mark.parametrize(
+    ("judge", "text", "message"),
+    [
+        ("radfact", OWN, "--prompt belongs to judges of one prompt, and radfact has two"),
+        ("chexprompt", None, "own.txt: no prompt in UTF-8 here"),
+        ("chexprompt", "no turns", "own.txt: a prompt has turns"),
+        (
+            "green",
+            OWN.replace("{{candidate}}", "{{report}}"),
+            r"exactly the places \{\{candidate\}\}, \{\{reference\}\}",
+        ),
+    ],
+)
+def test_a_prompt_that_cannot_be_used(tmp_path, chat_server, options, judge, text, message):
+    write_predictions(tmp_path / "p.jsonl", 1)
+    if text is not None:
+        (tmp_path / "own.txt").write_text(text, encoding="utf-8")
+    server = chat_server(counter)
+    given = options(tmp_path / "o", server.url, judge=judge, prompt=str(tmp_path / "own.txt"))
+    with pytest.raises(UserError, match=message):
+        command.judge_file(tmp_path / "p.jsonl", given)
+    assert not server.bodies and not (tmp_path / "o" / "scores.jsonl").exists()
