@@ -71,17 +71,22 @@ def pointing_game(
 
 @dataclass(frozen=True)
 class MapScore:
-    """One map: mass in [0, 1], contrast (NaN for a flat map), and mean_iou in [0, 1]."""
+    """One map: mass in [0, 1], contrast (NaN for a flat map), and iou in [0, 1] at each of `THRESHOLDS`."""
 
     mass: float
     contrast: float
-    mean_iou: float
+    iou: tuple[float, ...]
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean over the thresholds."""
+        return float(np.mean(self.iou))
 
 
 def map_score(attention: np.ndarray, mask: np.ndarray) -> MapScore:
     """Scores a map [h, w] of numbers from 0 on against `mask` [Y, X]; every pixel has the value of the cell it lies in.
 
-    The thresholds of mean_iou are of the numbers as they are: scale the map to [0, 1] before. Raises ValueError for negative numbers or
+    The thresholds of iou are of the numbers as they are: scale the map to [0, 1] before. Raises ValueError for negative numbers or
     NaN, or when the mask covers nothing or everything.
     """
     if not (np.isfinite(attention).all() and attention.min() >= 0):
@@ -93,9 +98,9 @@ def map_score(attention: np.ndarray, mask: np.ndarray) -> MapScore:
     inside, outside = pixels[mask], pixels[~mask]
     noise = np.sqrt(inside.var() + outside.var())
     contrast = abs(inside.mean() - outside.mean()) / noise if noise > 0 else float("nan")
-    overlaps = [((pixels > t) & mask).sum() / ((pixels > t) | mask).sum() for t in THRESHOLDS]
+    iou = tuple(float(((pixels > t) & mask).sum() / ((pixels > t) | mask).sum()) for t in THRESHOLDS)
     total = pixels.sum()
-    return MapScore(float(inside.sum() / total) if total > 0 else 0.0, float(contrast), float(np.mean(overlaps)))
+    return MapScore(float(inside.sum() / total) if total > 0 else 0.0, float(contrast), iou)
 
 
 @dataclass(frozen=True)

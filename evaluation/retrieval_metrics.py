@@ -2,35 +2,25 @@
 
 Row i of both matrices belongs to the same study; similarity is the cosine. Ties are counted against the model: a pair's rank is one plus
 the number of OTHER candidates that score at least as high, so a tower that maps everything to one point gets the last rank and not the
-first; `Ranks` also has the ranks that count ties for the model. Candidates of the same group (reports of the same words) can be left out
-of the count, for they are right answers too. Similarities are computed in blocks on the device: 100,000 pairs of width 512 stay within 2 GB.
+first; `summary` also counts them for the model, or as a random order of the tied would. Candidates of the same group (reports of the same
+words) can be left out of the count, for they are right answers too. Similarities are computed in blocks on the device: 100,000 pairs of width
+512 stay within 2 GB.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+Json = dict[str, Any]
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+AT = (1, 5, 10)
 _TIE = 1e-6  # cosines closer than this are equal: identical texts need not give bit-identical products
 _BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """One direction: recall at 1, 5 and 10 (in [0, 1]), median and mean rank (from 1), over a pool of n pairs."""
-
-    r1: float
-    r5: float
-    r10: float
-    median_rank: float
-    mean_rank: float
-    n: int
-
-    def chance(self, k: int) -> float:
-        """Expected recall at k of a random order."""
-        return min(1.0, k / self.n)
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,50 @@ class Ranks:
         return (self.last + self.first) / 2.0
 
 
+def summary(ranks: Ranks, ties: str, at: Sequence[int] = AT) -> dict[str, float]:
+    """Recall r1, r5, r10 (in [0, 1]), median_rank and mean_rank, with ties counted "against" the model, "for" it, or as "expected" over random
+    orders of the tied."""
+    ends = {
+        "against": (ranks.last, ranks.last),
+        "for": (ranks.first, ranks.first),
+        "expected": (ranks.first, ranks.last),
+    }
+    low, high = ends[ties]
+    # The own candidate is as likely at any rank from low to high.
+    recall = {f"r{k}": float(np.clip((k + 1 - low) / (high + 1 - low), 0.0, 1.0).mean()) for k in at}
+    middle = Ranks(high, low).expected
+    return {**recall, "median_rank": float(np.median(middle)), "mean_rank": float(middle.mean())}
+
+
+def retrieval(
+    image: np.ndarray, text: np.ndarray, groups: Sequence[Hashable] | None = None, how: str = "studies:all"
+) -> dict[str, Json]:
+    """Scores of both `DIRECTIONS` as plain JSON, from embeddings float [N, E].
+
+    Args:
+        image, text, groups: as in `both_ranks`, which also says what is refused.
+        how: which studies these are and what was done about equal ones, for the signature.
+
+    Returns:
+        direction -> the `summary` with ties counted against the model, n, and chance, the recall of a random order; "ties_for" and
+        "ties_expected" have the other summaries; each has a signature.
+    """
+    both = both_ranks(image, text, groups)
+    count = len(image)
+    sizes = Counter(range(count) if groups is None else groups)
+    pools = np.repeat([count - size + 1 for size in sizes.values()], list(sizes.values()))
+    chance = {f"r{k}": float(np.minimum(1.0, k / pools).mean()) for k in AT}
+    out = {}
+    for direction, ranks in zip(DIRECTIONS, both, strict=True):
+        against, hoped, expected = (
+            summary(ranks, ties)
+            | {"signature": f"retrieval|{direction}|score:cosine|ties:{ties}|{how}|pool:{count}|scale:0-1"}
+            for ties in ("against", "for", "expected")
+        )
+        out[direction] = {**against, "n": count, "chance": chance, "ties_for": hoped, "ties_expected": expected}
+    return out
+
+
 def both_ranks(image: np.ndarray, text: np.ndarray, groups: Sequence[Hashable] | None = None) -> tuple[Ranks, Ranks]:
     """Ranks of image to text and of text to image, from embeddings float [N, E], in one pass over the similarities.
 
@@ -55,8 +89,7 @@ def both_ranks(image: np.ndarray, text: np.ndarray, groups: Sequence[Hashable] |
     """
     if image.shape != text.shape or image.ndim != 2 or len(image) == 0:
         raise ValueError(f"embeddings must be two equal [N, E] matrices with N >= 1, got {image.shape}, {text.shape}")
-    if not (np.isfinite(image).all() and np.isfinite(text).all()):
-        raise ValueError("embeddings contain numbers that are not finite")
+    _check_finite(image, text)
     count = len(image)
     numbers: dict[Hashable, int] = {}
     names = range(count) if groups is None else groups
@@ -82,32 +115,58 @@ def ranks(query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return both_ranks(query, candidates)[0].last
 
 
-def retrieval(image: np.ndarray, text: np.ndarray, groups: Sequence[Hashable] | None = None) -> dict[str, Retrieval]:
-    """Scores of both directions, keys "image_to_text" and "text_to_image", from embeddings float [N, E]."""
-    forth, back = both_ranks(image, text, groups)
-    return {"image_to_text": _summary(forth.last), "text_to_image": _summary(back.last)}
+def nearest(query: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
+    """Positions int32 [N, k] of the candidates [M, E] that are nearest to every query [N, E], the nearest first, equal ones in their order.
 
-
-def precision_at(image: np.ndarray, text: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Mean share of an image's k nearest texts [N, E] that have exactly its labels [N, c]: right answers that are not its own report.
-
-    Of equally near texts the first are taken. Raises ValueError when k is more than there are texts.
+    Raises ValueError when k is more than there are candidates, or for numbers that are not finite.
     """
-    if not 1 <= k <= len(text):
-        raise ValueError(f"k must lie between 1 and {len(text)}, got {k}")
+    total = len(candidates)
+    if not 1 <= k <= total:
+        raise ValueError(f"k must lie between 1 and {total}, got {k}")
+    _check_finite(query, candidates)
+    height, width = min(_BLOCK, len(query)), min(_BLOCK, total)
+    out = []
+    for row in range(0, len(query), height):
+        rows = _filled(query, row, height)
+        values, places = np.full((height, k), -np.inf, np.float32), np.zeros((height, k), np.int32)
+        for column in range(0, total, width):
+            values, places = _keep()(values, places, rows, _filled(candidates, column, width), column, total)
+        out.append(np.asarray(places)[: len(query) - row])
+    return np.concatenate(out)
+
+
+def precision_at(query: np.ndarray, candidates: np.ndarray, labels: np.ndarray, at: Sequence[int]) -> list[float]:
+    """For every k of `at` the mean share of a query's k nearest candidates [N, E] that have exactly its labels [N, c]: right answers that need
+    not be its own pair. Of equally near ones the first are taken. Errors as `nearest`."""
     _, same = np.unique(labels, axis=0, return_inverse=True)
-    found, block = 0, max(1, 2**25 // len(text))
-    unit = _unit(text).astype(np.float32)
-    for start in range(0, len(image), block):
-        scores = _unit(image[start : start + block]).astype(np.float32) @ unit.T
-        nearest = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        found += int((same[nearest] == same[start : start + block, None]).sum())
-    return found / (k * len(image))
+    if min(at) < 1:
+        raise ValueError(f"k must lie between 1 and {len(candidates)}, got {min(at)}")
+    right = same[nearest(query, candidates, max(at))] == same[:, None]
+    return [float(right[:, :k].mean()) for k in at]
 
 
-def _summary(rank: np.ndarray) -> Retrieval:
-    r1, r5, r10 = (float((rank <= k).mean()) for k in (1, 5, 10))
-    return Retrieval(r1, r5, r10, float(np.median(rank)), float(rank.mean()), len(rank))
+def label_precision(
+    image: np.ndarray, text: np.ndarray, labels: np.ndarray, how: str = "studies:all"
+) -> dict[str, Json]:
+    """`precision_at` of both `DIRECTIONS` as plain JSON: precision_1, precision_5 and precision_10 (None where there are fewer candidates), chance,
+    which is the mean share of all that have a query's labels, n and the signature, in which `how` says which studies these are."""
+    count = len(image)
+    at = [k for k in AT if k <= count]
+    sizes = np.unique(labels, axis=0, return_counts=True)[1]
+    chance = float((sizes.astype(np.float64) ** 2).sum()) / count**2
+    out = {}
+    for direction, pair in zip(DIRECTIONS, ((image, text), (text, image)), strict=True):
+        found = dict(zip(at, precision_at(*pair, labels, at), strict=True))
+        right = f"right:same-{labels.shape[1]}-labels|own:counted"
+        signature = f"precision|{direction}|score:cosine|ties:first|{right}|{how}|pool:{count}|scale:0-1"
+        scores = {f"precision_{k}": found.get(k) for k in AT}
+        out[direction] = {**scores, "chance": chance, "n": count, "signature": signature}
+    return out
+
+
+def _check_finite(*rows: np.ndarray) -> None:
+    if not all(np.isfinite(part).all() for part in rows):
+        raise ValueError("embeddings contain numbers that are not finite")
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -120,12 +179,21 @@ def _own(image: np.ndarray, text: np.ndarray) -> np.ndarray:
     return (_unit(image) * _unit(text)).sum(axis=1).astype(np.float32)
 
 
+def _filled(rows: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Unit rows of a block, float32 [size, E], zeros after the last."""
+    unit = _unit(rows[start : start + size]).astype(np.float32)
+    return np.pad(unit, ((0, size - len(unit)), (0, 0)))
+
+
 def _block(rows: np.ndarray, own: np.ndarray, group: np.ndarray, start: int, size: int) -> tuple[np.ndarray, ...]:
     """Unit rows, cosines of the pairs and groups of a block, filled up to `size`; what fills is of group -1."""
     part = slice(start, start + size)
-    missing = size - len(rows[part])
-    unit = np.pad(_unit(rows[part]).astype(np.float32), ((0, missing), (0, 0)))
-    return unit, np.pad(own[part], (0, missing)), np.pad(group[part], (0, missing), constant_values=-1)
+    missing = size - len(own[part])
+    return (
+        _filled(rows, start, size),
+        np.pad(own[part], (0, missing)),
+        np.pad(group[part], (0, missing), constant_values=-1),
+    )
 
 
 @functools.cache
@@ -146,3 +214,23 @@ def _compare() -> Any:
         return count(image_own[:, None], 1), count(text_own[None], 0)
 
     return compare
+
+
+@functools.cache
+def _keep() -> Any:
+    """The compiled step of `nearest`: the k best so far and a block of candidates to the k best of both."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def keep(values: Any, places: Any, query: Any, candidates: Any, start: Any, total: Any) -> Any:
+        """float32 and int32 [queries, k] of what is kept; `start` is the place of the block's first candidate, of `total` real ones."""
+        scores = jnp.matmul(query, candidates.T, precision="highest")
+        place = start + jnp.arange(candidates.shape[0], dtype=jnp.int32)
+        scores = jnp.where(place < total, scores, -jnp.inf)
+        # Of equal values top_k takes the first, and what was kept before comes first.
+        best, chosen = jax.lax.top_k(jnp.concatenate([values, scores], axis=1), values.shape[1])
+        known = jnp.concatenate([places, jnp.broadcast_to(place, scores.shape)], axis=1)
+        return best, jnp.take_along_axis(known, chosen, axis=1)
+
+    return keep

@@ -21,20 +21,20 @@ def installed() -> bool:
     return importlib.util.find_spec("rouge_score") is not None
 
 
-def f1_rows(predictions: Sequence[str], references: Sequence[str], stemmer: bool) -> np.ndarray:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L per report, float64 [n, 3] in [0, 1]."""
+def scores(predictions: Sequence[str], references: Sequence[str], stemmer: bool) -> np.ndarray:
+    """Precision, recall and F1 of ROUGE-1, ROUGE-2 and ROUGE-L per report, float64 [n, 3 kinds, 3] in [0, 1]."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(KINDS), use_stemmer=stemmer)
-    scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
-    return np.array([[score[kind].fmeasure for kind in KINDS] for score in scores], np.float64).reshape(-1, 3)
+    found = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
+    return np.array([[tuple(score[kind]) for kind in KINDS] for score in found], np.float64).reshape(-1, 3, 3)
 
 
 def metrics(predictions: Sequence[str], references: Sequence[str], stemmer: bool) -> list[Metric]:
     """rouge_1, rouge_2 and rouge_l as means over the reports."""
     version = importlib.metadata.version("rouge-score")
     how = f"stem:{'porter' if stemmer else 'no'}|f:1|agg:mean|scale:0-1|rouge-score:{version}"
-    columns = f1_rows(predictions, references, stemmer).T
+    columns = scores(predictions, references, stemmer)[:, :, 2].T
     return [
         Metric(f"rouge_{kind[5:].lower()}", f"{kind}|{how}", mean_rows(column), mean, len(column))
         for kind, column in zip(KINDS, columns, strict=True)

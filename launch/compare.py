@@ -2,11 +2,13 @@
 
     python -m launch.compare BASE.jsonl NEW.jsonl --out=DIR
     python -m launch.compare BASE.jsonl NEW.jsonl --data=CORPUS --fail_if="rules_macro_14 < -0.5pp at 95%"
+    python -m launch.compare BASE.jsonl NEW.jsonl --judged=A/scores.jsonl,B/scores.jsonl --fail_if="chexprompt_total > 0 at 95%"
 
 Every other file is compared with the first: the difference with its 95% interval, p of a randomisation test that swaps whole patients (whole
 reports without --data) between the two, p adjusted after Holm for all the tests made here, how many reports got better and worse, and
 Cohen's d. comparisons.json holds them all, the screen the main metrics. --fail_if names differences (new minus base) that end the command
 with status 1: with "at 95%" only when the whole 95% interval lies beyond the bound; pp is hundredths of the metric's scale.
+--labels, --radgraph, --judged and --weights bring the metrics that they bring in launch.evaluate.
 """
 
 import json
@@ -16,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import labels, profiles, report, scoring, tables
+from evaluation import judging, labels, profiles, radgraph, report, scoring, tables
 from evaluation.metric import Metric
 from evaluation.scoring import Gate
 from launch import evaluate
@@ -58,13 +60,20 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(f"--fail_if: {error}") from None
     reference_path, label_paths = evaluate.given_files("--labels", options.labels, len(argv) - 1)
-    inputs = evaluate.read_inputs([Path(name) for name in argv[1:]], label_paths)
+    entities_path, annotation_paths = evaluate.given_files("--radgraph", options.radgraph, len(argv) - 1)
+    inputs = evaluate.read_inputs([Path(name) for name in argv[1:]], label_paths, annotation_paths)
     wanted = report.Options(
         profiles=evaluate.profile_names(options.profile),
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
+        reference_annotations=radgraph.read(entities_path) if entities_path else None,
+        judged=[judging.read(Path(name)) for name in options.judged],
         trials=options.trials,
         **evaluate.corpus_options(Path(options.data) if options.data else None, False, inputs),
     )
+    if options.weights:
+        from evaluation import models
+
+        inputs, wanted = models.fill(inputs, wanted, Path(options.weights))
     result, failures = compare(inputs, wanted, gates)
     for sentence in result["warnings"]:
         print(sentence)
@@ -85,6 +94,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
+    flags.DEFINE_list("judged", [], "Score files of launch.judge.")
+    flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
     flags.DEFINE_multi_string("fail_if", [], "Condition on a difference that fails the command; may be repeated.")
     flags.DEFINE_integer("trials", 10_000, "Random swaps of the test.", lower_bound=100)
 

@@ -5,7 +5,8 @@
     python -m launch.ground --checkpoint=STAGE1 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
 
 With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map of a word). In a corpus with boxes the heads
-are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film.
+are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film;
+predictions of these patients are refused.
 What is scored is the attention while the sentence that names a finding is written. In a corpus without boxes the maps are of the longest
 word, averaged over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of
 every text, which launch.evaluate --attention shows under the mouse.
@@ -18,7 +19,7 @@ On several machines every process gets the same command, with --multihost as in 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         source = corpus.source("validation")
         validation = (source[number] for number in range(len(source)))
         known = [t for record in validation for t in finding_targets(record, record["findings"], size[0])]
+        check_apart((t.record for t in known), (record for record, _ in pairs), predictions)
         maps = looker.maps([sentence(t) for t in known])
         best = heads.choose(maps, [box_mask(t.boxes, *size) for t in known], looker.candidates(maps))
         targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
@@ -113,6 +115,16 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
     np.savez_compressed(out / "maps.npz", **dict(zip(first, shown, strict=True)))
+
+
+def check_apart(chosen_on: Iterable[dict[str, Any]], scored: Iterable[dict[str, Any]], predictions: Path) -> None:
+    """Raises UserError when records that are scored have patients among those of the records that heads are chosen on."""
+    theirs, ours = ({record["patient"] or record["id"] for record in records} for records in (chosen_on, scored))
+    if shared := len(theirs & ours):
+        raise UserError(
+            f"{predictions}: {shared} of its {len(ours)} patients are among those that the heads are chosen on, give predictions of another "
+            "split than validation"
+        )
 
 
 def one_map(maps: Any, best: "Heads | None") -> Any:

@@ -4,7 +4,8 @@
     python -m launch.metaeval SCORES.jsonl ratings.csv --id=study_number --system=candidate_type --rater=rater_index --value=num_errors
 
 SCORES.jsonl has lines {"id": ..., "system": ..., "scores": {metric: number}}, as launch.evaluate writes them. EXPERTS.csv has one line per
-report and rater: id, rater, value and, when several systems were rated, system. Lines of one rater on one report are summed, so that a file
+report and rater: id, rater, value and, when several systems were rated, system. (The second line above is for ReXVal; RadPref keeps a JSON file
+for each rater, to be written as such lines first.) Lines of one rater on one report are summed, so that a file
 with a line per kind of error works too. Reports that a rater or a score lacks are left out and counted. --cluster names a column that groups
 reports, such as the patient; intervals resample these, or else the ids.
 

@@ -2,16 +2,21 @@
 
     python -m launch.retrieve --checkpoint=out/demo/stage1 --data=out/demo/data --split=test --candidates=100 --out=out/demo/retrieval.json
 
-Only studies that differ are candidates: by their true findings where the corpus knows them, else by their text.
+Recall at 1, 5 and 10, median and mean rank, in both directions, with ties counted against the model, for it, and as a random order of the tied
+would be. "image_to_text" and "text_to_image" are over studies that differ: by their true findings where the corpus knows them, else by their
+text; --candidates takes the first so many of them. "all_studies" is over all, where other studies with the same words in their report are no
+rivals. "same_labels" is the share of the nearest 1, 5 and 10 that have the same 14 labels, in a corpus that has labels. A film with several texts is
+a study for each. Every block has chance beside it and a signature that says how it was made.
+
 --zero_shot also classifies the 14 CheXpert findings without training for it, by texts that affirm or deny each (--prompts=FILE for your own):
 AUROC with intervals that resample patients, against the labels of the corpus (uncertain ones left out, not stated ones negative).
 
 On several machines every process gets the same command, with --multihost as in launch.train; process 0 writes the file.
 """
 
-import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +42,8 @@ def define_flags() -> None:
 def main(_: Sequence[str]) -> None:
     import jax
 
-    from evaluation.corpus import ANNOTATED
-    from evaluation.retrieval_metrics import retrieval
+    from evaluation import corpus as corpora
+    from evaluation import tables
     from rad_jax import input_pipeline, sharding, tasks
     from rad_jax import retrieval as towers
     from rad_jax.checkpoint import load_run
@@ -68,17 +73,70 @@ def main(_: Sequence[str]) -> None:
     if not distributed.first():
         return
     source = corpus.source(options.split, "pairs")
-    annotated = corpus.meta["dataset"] in ANNOTATED
-    keep = different([key(source[int(number)], annotated) for number in embedded["index"]], options.candidates)
-    scores = retrieval(embedded["images"][keep], embedded["texts"][keep])
-    result: dict[str, Any] = {direction: dataclasses.asdict(score) for direction, score in scores.items()}
+    annotated = corpus.meta["dataset"] in corpora.ANNOTATED
+    length = run.config["data"]["text_length"]
+    result = scores(embedded, source, annotated, options.candidates, f"text:findings-or-impression|tokens:{length}")
     if told:
         result["zero_shot"] = classify(embedded, told, source)
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
-    for direction, score in scores.items():
-        print(
-            f"{direction}: R@1 {score.r1:.2f}, R@5 {score.r5:.2f} (chance {score.chance(5):.2f}), R@10 {score.r10:.2f}, n {score.n}"
-        )
+    for rows in tables_of(result):
+        print(tables.markdown_table(rows))
+
+
+def scores(embedded: dict[str, Any], source: Any, annotated: bool, candidates: int | None, how: str) -> dict[str, Any]:
+    """What is written but for --zero_shot, as plain JSON.
+
+    Args:
+        embedded: images, texts and record numbers, of `rad_jax.retrieval.embed`.
+        source: the records by number.
+        annotated: whether their annotations list every finding.
+        candidates: at most so many different studies; None for all.
+        how: what was embedded, for the signatures.
+    """
+    import numpy as np
+
+    from data.labels import NOT_STATED
+    from evaluation.retrieval_metrics import label_precision, retrieval
+
+    images, texts = embedded["images"], embedded["texts"]
+    keys, equal, labels = [], [], []
+    for number in embedded["index"]:
+        record = source[int(number)]
+        keys.append(key(record, annotated))
+        equal.append(words(record))
+        labels.append(record["labels"])
+    keep, by = different(keys, candidates), "findings" if annotated else "words"
+    result: dict[str, Any] = retrieval(images[keep], texts[keep], how=f"studies:different-{by}|{how}")
+    result["all_studies"] = retrieval(images, texts, equal, f"studies:all|equal-words:no-rivals|{how}")
+    table = np.array(labels)
+    stated = (table != NOT_STATED).any(axis=1)
+    if stated.any():
+        own = f"studies:labelled|{how}"
+        result["same_labels"] = label_precision(images[stated], texts[stated], table[stated], own)
+    return result
+
+
+def tables_of(result: dict[str, Any]) -> Iterator[list[list[str]]]:
+    """The scores as one or two tables, each a head row and its rows."""
+    from evaluation.retrieval_metrics import DIRECTIONS
+    from evaluation.tables import digits
+
+    rows = [["ties against / expected / for", "R@1", "R@5", "R@10", "median rank", "n"]]
+    for name, block in (("different studies", result), ("all studies, equal reports no rivals", result["all_studies"])):
+        for direction in DIRECTIONS:
+            found = block[direction]
+            ways = (found, found["ties_expected"], found["ties_for"])
+            recalls = [" / ".join(digits(way[k], 2) for way in ways) for k in ("r1", "r5", "r10")]
+            ranks = " / ".join(f"{way['median_rank']:g}" for way in ways)
+            rows.append([f"{name}, {direction.replace('_', ' ')}", *recalls, ranks, str(found["n"])])
+        rows.append([f"{name}, chance", *(digits(value, 2) for value in found["chance"].values()), "", str(found["n"])])
+    yield rows
+    if "same_labels" in result:
+        rows = [["same 14 labels", "P@1", "P@5", "P@10", "chance", "n"]]
+        for direction, found in result["same_labels"].items():
+            precisions = [digits(found[f"precision_{k}"], 2) for k in (1, 5, 10)]
+            rows.append([direction.replace("_", " "), *precisions, digits(found["chance"], 2), str(found["n"])])
+        yield rows
 
 
 def prompt_vectors(model: Any, variables: Any, mesh: Any, corpus: Any) -> dict[str, tuple[Any, Any]]:
@@ -123,11 +181,16 @@ def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source:
 
 
 def key(record: dict[str, Any], annotated: bool) -> Any:
-    """What makes a study the same as another: its true findings where the corpus lists them all, else its text."""
+    """What makes a study the same as another: its true findings where the corpus lists them all, else the words of its text."""
     if not annotated:
-        return record["findings"]
+        return words(record)
     findings = json.loads(record["annotations"])
     return tuple(sorted((f["finding"], str(f["side"]), str(f["size"]), str(f["place"])) for f in findings))
+
+
+def words(record: dict[str, Any]) -> tuple[str, ...]:
+    """The words, in lower case, of the text that stands for a study: its findings, else its impression."""
+    return tuple(re.findall(r"\w+", (record["findings"] or record["impression"]).lower()))
 
 
 def different(keys: list[Any], count: int | None) -> list[int]:

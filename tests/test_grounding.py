@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evaluation.looking import Looker
+from launch import ground
 from rad_jax import tasks
+from rad_jax.corpus import Corpus
+from rad_jax.errors import UserError
 from rad_jax.grounding import attention_of_tower
 from rad_jax.images import normalise
 
@@ -52,6 +56,40 @@ def test_attention_of_the_tower(training):
     np.testing.assert_allclose(like, expected, atol=1e-5)
 
 
+def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_path):
+    """Refused before any map is made: predictions of the validation split, and a single one among others."""
+
+    class Blind(Looker):
+        image_size, what = 32, "llava"
+
+        def maps(self, targets):
+            raise AssertionError("looked")
+
+    corpus = Corpus.open(training.corpus)
+    splits = {split: corpus.source(split) for split in ("validation", "test")}
+    records = {split: [source[number] for number in range(len(source))] for split, source in splits.items()}
+    seen = next(record for record in records["validation"] if record["annotations"] != "[]")
+
+    def predict(rows):
+        path = tmp_path / "p.jsonl"
+        lines = [{"id": r["id"], "query": "", "reference": r["findings"], "prediction": r["findings"]} for r in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ground.of_predictions(Blind(), training.corpus, path, tmp_path / "out", False)
+
+    for rows, count in (([seen], "1 of its 1 patients"), ([*records["test"], seen], "1 of its ")):
+        with pytest.raises(UserError, match=f"p.jsonl: {count}.* among those that the heads are chosen on"):
+            predict(rows)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match="looked"):  # of other patients alone: goes on
+        predict(records["test"])
+
+    one, other, unnamed = ({"id": name, "patient": patient} for name, patient in (("a", "p"), ("b", "p"), ("p", "")))
+    ground.check_apart([one], [{"id": "a", "patient": "q"}], Path("p.jsonl"))
+    for rows in ([other], [unnamed]):
+        with pytest.raises(UserError, match="1 of its 1 patients"):
+            ground.check_apart([one], rows, Path("p.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage3", "stage1"])
 def test_command_on_real_boxes(chain, real, tmp_path, stage):
@@ -77,8 +115,6 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
 @pytest.mark.slow
 def test_every_word_of_the_predictions(chain, training, tmp_path):
     """Maps of all words, which the evaluation's page takes as they are."""
-    from rad_jax.corpus import Corpus
-
     source = Corpus.open(training.corpus).source("test")
     rows = [source[number] for number in range(min(3, len(source)))]
     predictions = tmp_path / "p.jsonl"
@@ -108,15 +144,53 @@ def test_every_word_of_the_predictions(chain, training, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero_shot_beside_retrieval(chain, training, tmp_path):
-    """Fourteen classes of drawn films; with a model of four steps what matters is that counts and intervals are whole."""
-    out = tmp_path / "r.json"
-    command = [sys.executable, "-m", "launch.retrieve", f"--checkpoint={chain / 'stage1'}", f"--data={training.corpus}"]
-    command += ["--split=train", "--zero_shot", f"--out={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["zero_shot"]
-    assert len(found["classes"]) == 14 and 0 < found["mean_auroc"] < 1
-    for scores in found["classes"].values():
+def test_retrieval_and_zero_shot(chain, training, tmp_path):
+    """Ranks, and fourteen classes of drawn films: the model has seen four steps, so what is asserted holds for every model."""
+    from evaluation.labels import CLASSES
+    from evaluation.zero_shot import default_prompts
+
+    def run(out, *arguments):
+        command = [sys.executable, "-m", "launch.retrieve", f"--checkpoint={chain / 'stage1'}"]
+        command += [f"--data={training.corpus}", "--split=train", "--zero_shot", f"--out={out}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text()), done.stdout
+
+    result, printed = run(tmp_path / "r.json")
+    source = Corpus.open(training.corpus).source("train", "pairs")
+    records = [source[number] for number in range(len(source))]
+    for direction in ("image_to_text", "text_to_image"):
+        for block in (result, result["all_studies"]):
+            found = block[direction]
+            ways = [found, found["ties_expected"], found["ties_for"]]
+            for name, sign in (("r1", 1), ("r5", 1), ("r10", 1), ("median_rank", -1), ("mean_rank", -1)):
+                assert sign * ways[0][name] <= sign * ways[1][name] <= sign * ways[2][name]
+            assert ways[2]["mean_rank"] >= 1 and ways[0]["mean_rank"] <= found["n"]
+        assert result[direction]["n"] < result["all_studies"][direction]["n"] == len(records)
+        assert result[direction]["chance"]["r1"] == pytest.approx(1 / result[direction]["n"])
+        assert "|equal-words:no-rivals|" in result["all_studies"][direction]["signature"]
+        assert 0 < result["same_labels"][direction]["chance"] < 1
+    assert "all studies, equal reports no rivals, chance" in printed and "same 14 labels" in printed
+
+    zero_shot = result["zero_shot"]
+    assert list(zero_shot["classes"]) == list(default_prompts()) and len(zero_shot["classes"]) == 14
+    films = {record["id"].partition("~")[0]: record["labels"] for record in records}
+    for name, scores in zero_shot["classes"].items():
+        column = [labels[CLASSES.index(name)] for labels in films.values()]
+        assert (scores["positive"], scores["uncertain"], scores["n"]) == (
+            column.count(1),
+            column.count(-1),
+            len(column),
+        )
         assert (scores["auroc"] is None) == (scores["positive"] in (0, scores["n"] - scores["uncertain"]))
-    assert "zero-shot AUROC, mean of" in done.stdout
+        if scores["auroc"] is not None:
+            assert 0 <= scores["ci"][0] <= scores["auroc"] <= scores["ci"][1] <= 1
+    known = {name: scores["auroc"] for name, scores in zero_shot["classes"].items() if scores["auroc"] is not None}
+    assert len(known) > 5 and zero_shot["mean_auroc"] == pytest.approx(np.mean(list(known.values())))
+    assert f"zero-shot AUROC, mean of {len(known)}" in printed
+
+    # With the texts that deny and those that affirm exchanged, every order is turned round.
+    turned = {name: {"positive": sides[1], "negative": sides[0]} for name, sides in default_prompts().items()}
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    other = run(tmp_path / "t.json", f"--prompts={tmp_path / 'turned.json'}")[0]["zero_shot"]["classes"]
+    assert {name: other[name]["auroc"] for name in known} == pytest.approx({n: 1 - v for n, v in known.items()})

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import blindness, scoring
+from evaluation import blindness, profiles, scoring
 from evaluation.metric import Metric, mean, mean_rows
+from evaluation.predictions import read_predictions
 
 ROOT = Path(__file__).parents[2]
 SETTING = scoring.Setting(range(4), "report", 400, 0)
@@ -23,6 +24,7 @@ def test_kept_and_lost() -> None:
     systems = {"real": [metric([1, 1, 0.5, 0.5])], "shuffled": [metric([0.5, 0.5, 0.25, 0.25])], "blank": [metric([0] * 4)]}  # fmt: skip
     shuffled, blank = blindness.panel(systems, SETTING)
     assert (shuffled["real"], shuffled["blind"], shuffled["kept"], shuffled["lost"]) == (0.75, 0.375, 0.5, 0.375)
+    assert shuffled["n"] == blank["n"] == 4
     # Every report keeps half: drawn together, so does every resample.
     assert shuffled["kept_ci"] == pytest.approx((0.5, 0.5))
     assert 0.25 <= shuffled["lost_ci"][0] < 0.375 < shuffled["lost_ci"][1] <= 0.5
@@ -68,6 +70,22 @@ def test_command_from_a_checkpoint(chain, training, tmp_path: Path) -> None:
     done = run(*arguments, "--batch_size=4", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "blindness.json").read_text())
-    assert {row["blinded"] for row in rows} == {"shuffled", "blank"} and all(row["n"] >= 0 for row in rows)
-    texts = [[json.loads(line)["id"] for line in (tmp_path / f"{way}.jsonl").read_text().splitlines()] for way in ("real", "shuffled", "blank")]  # fmt: skip
-    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 4
+    read = {way: read_predictions(tmp_path / f"{way}.jsonl").rows for way in ("real", "shuffled", "blank")}
+    ids = [[row.id for row in own] for own in read.values()]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) == 4
+    native = profiles.PROFILES["native"]
+    alone = {
+        way: {
+            m.name: m.total()
+            for m in profiles.text_metrics(native, [r.prediction for r in own], [r.reference for r in own])
+        }
+        for way, own in read.items()
+    }
+    found = {(row["metric"], row["blinded"]): row for row in rows}
+    assert {"bleu_4", "rouge_l"} <= set(alone["real"])
+    for name, value in alone["real"].items():
+        for way in ("shuffled", "blank"):
+            row = found[name, way]
+            assert (row["real"], row["blind"], row["n"]) == (pytest.approx(value), pytest.approx(alone[way][name]), 4)
+            assert row["lost"] == pytest.approx(value - alone[way][name])
+    assert {way for _, way in found} == {"shuffled", "blank"} and len(found) == len(rows)

@@ -333,17 +333,72 @@ def test_what_is_no_gate(text: str) -> None:
     ],
 )
 def test_gates_fail_on_what_got_worse(tmp_path: Path, gate: str, fails: bool) -> None:
-    names = [f"s{i}" for i in range(30)]
-    for file, text in (("base", "one two three four"), ("new", "one two five six")):
-        rows = [{"id": i, "query": "", "reference": "one two three four", "prediction": text} for i in names]
-        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inputs = command.read_inputs([tmp_path / "base.jsonl", tmp_path / "new.jsonl"])
+    inputs = command.read_inputs(thirty_reports(tmp_path, "one two five six"))
     result, failures = compare.compare(inputs, report.Options(trials=200), [scoring.parse_gate(gate)])
     assert bool(failures) == fails
     found = next(row for row in result["comparisons"] if row["metric"] == "rouge_l")
     assert (found["diff"], found["n_worse"], found["p"]) == (-0.5, 30, 1 / 201)
     with pytest.raises(UserError, match="no metric 'nothing'"):
         compare.compare(inputs, report.Options(), [scoring.parse_gate("nothing < 0")])
+
+
+def thirty_reports(folder: Path, new: str) -> tuple[Path, Path]:
+    """base.jsonl says what the references say, new.jsonl says `new`."""
+    for file, text in (("base", "one two three four"), ("new", new)):
+        rows = [{"id": f"s{i}", "query": "", "reference": "one two three four", "prediction": text} for i in range(30)]
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "base.jsonl", folder / "new.jsonl"
+
+
+def test_comparing_ends_in_a_status(tmp_path: Path) -> None:
+    """0 when no gate fails, 1 when one does, after everything was written and told, and 2 for what is no gate."""
+    files = thirty_reports(tmp_path, "one two five six")
+
+    def run_compare(name: str, *gates: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "launch.compare", *map(str, files), f"--out={tmp_path / name}", "--trials=200"]
+        line += [f"--fail_if={gate}" for gate in gates]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    passed = run_compare("passed", "rouge_l < -60pp", "bleu_4 > 0")
+    assert (passed.returncode, "FAILED" in passed.stdout) == (0, False), passed.stderr
+    failed = run_compare("failed", "rouge_l < -60pp", "rouge_l < -1pp at 95%")
+    assert failed.returncode == 1, failed.stderr
+    said = [line for line in failed.stdout.splitlines() if line.startswith("FAILED")]
+    assert said == ["FAILED: new against base: rouge_l < -1pp at 95% (-0.5000)"]
+    for done, name in ((passed, "passed"), (failed, "failed")):
+        assert "| ROUGE-L" in done.stdout
+        rows = json.loads((tmp_path / name / "comparisons.json").read_text())["comparisons"]
+        assert next(row["diff"] for row in rows if row["metric"] == "rouge_l") == -0.5
+    for gate, message in (("rouge_l = 3", "is no condition"), ("nothing < 0", "no metric 'nothing'")):
+        refused = run_compare("refused", gate)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+def test_comparing_what_was_given(tmp_path: Path) -> None:
+    """Annotations for both systems and a judge's scores for each: their metrics are compared, and gates may name them."""
+    files = thirty_reports(tmp_path, "one two three")
+    for name, count in (("references", 2), ("base", 2), ("new", 1)):
+        words = ("lungs", "clear")[:count]
+        entities = {str(i): {"tokens": word, "label": "OBS-DP", "relations": []} for i, word in enumerate(words)}
+        (tmp_path / f"{name}.json").write_text(json.dumps({f"s{i}": {"entities": entities} for i in range(30)}))
+    for system, errors in (("base", 0.0), ("new", 2.0)):
+        rows = [
+            {"id": f"s{i}", "system": system, "signature": "judge", "votes": 1, "scores": {"chexprompt_total": errors}}
+            for i in range(30)
+        ]
+        (tmp_path / f"judged_{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [sys.executable, "-m", "launch.compare", *map(str, files), f"--out={tmp_path}", "--trials=200"]
+    line += ["--radgraph=" + ",".join(str(tmp_path / f"{name}.json") for name in ("references", "base", "new"))]
+    line += ["--judged=" + ",".join(str(tmp_path / f"judged_{name}.jsonl") for name in ("base", "new"))]
+    line += ["--fail_if=radgraph_partial < 0 at 95%", "--fail_if=chexprompt_total > 1.5 at 95%"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    found = {row["metric"]: row for row in json.loads((tmp_path / "comparisons.json").read_text())["comparisons"]}
+    assert found["radgraph_partial"]["diff"] == pytest.approx(2 / 3 - 1) and found["radgraph_partial"]["n_worse"] == 30
+    assert found["chexprompt_total"]["diff"] == 2.0 and found["chexprompt_total"]["p"] == 1 / 201
+    assert "FAILED: new against base: chexprompt_total > 1.5 at 95% (+2.0000)" in done.stdout
+    assert "FAILED: new against base: radgraph_partial < 0 at 95% (-0.3333)" in done.stdout
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """Judges: parsers against hand-written replies, aggregates against published arithmetic, and commands against a server on this machine."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import chexprompt, crimson, green, judging, radfact, report, scoring
+from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring
+from evaluation.grounded import Phrase
 from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
 from launch import judge as command
@@ -118,11 +120,12 @@ def aggregate(values, failed=0, reason="filtered"):
 
 
 def test_aggregates():
-    """Hand-computed: four reports rated, one failed."""
+    """Hand-computed: four reports rated, one failed. The standard deviation is the sample's, 1.7078; the population's, 1.4790, is not reported."""
     found, lines = aggregate([(0, 0), (1, 0), (3, 1), (0, 2)], failed=1)
     assert found["chexprompt_significant"].total() == 1.0
     assert found["chexprompt_total"].total() == 1.75
-    assert judging.extras(found["chexprompt_total"])["sd"] == pytest.approx(1.7078, abs=1e-4)
+    spread = judging.extras(found["chexprompt_total"])["sd"]
+    assert spread == pytest.approx(1.7078, abs=1e-4) and spread * np.sqrt(3 / 4) == pytest.approx(1.4790, abs=1e-4)
     free = found["chexprompt_significant_free"]
     assert (free.total(), free.n, free.n_failed) == (0.5, 4, 1)
     assert judging.extras(free)["bounds"] == pytest.approx([0.4, 0.6])
@@ -306,9 +309,14 @@ def test_radfact():
 
 
 def test_the_harmonic_mean_is_that_of_the_means():
-    """RadFact's own test: spatial precision 0.5 and recall 0.6667 give 0.5714."""
-    judged = judging.Judged("sig", {"a": {"radfact_precision": 0.5, "radfact_recall": 2 / 3}})
-    assert {m.name: m.total() for m in judging.metrics(judged, ["a"])}["radfact_f1"] == pytest.approx(0.5714, abs=1e-4)
+    """RadFact's own test, from verdicts: logical precision and recall 0.75 give 0.75, spatial 0.5 and 0.6667 give 0.5714."""
+    said = grounded.radfact([Phrase(True), Phrase(True, True), Phrase(True, False), Phrase(False)])
+    true = grounded.radfact([Phrase(True, True), Phrase(True, True), Phrase(True), Phrase(False, True)])
+    for share, expected in (("logical", (0.75, 0.75, 0.75)), ("spatial", (0.5, 0.6667, 0.5714))):
+        judged = judging.Judged("sig", {"a": {"radfact_precision": said[share], "radfact_recall": true[share]}})
+        found = {m.name: m.total() for m in judging.metrics(judged, ["a"])}
+        names = ("radfact_precision", "radfact_recall", "radfact_f1")
+        assert [found[name] for name in names] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_failed_call_fails_the_report():
@@ -516,3 +524,63 @@ def test_every_judge_has_a_prompt_of_its_own():
         questions = make().first(judging.Pair("i", "REFERENCE TEXT", "CANDIDATE TEXT"), 0)
         asked = " ".join(message["content"] for question in questions for message in question.messages)
         assert "REFERENCE TEXT" in asked and "CANDIDATE TEXT" in asked and "{{" not in asked
+
+
+OWN = """Another wording; this line is not sent.
+### system
+SYSTEM OF THE FILE
+### user
+Count. Reference: {{reference}}
+Candidate: \"\"\"{{candidate}}\"\"\"
+"""
+
+
+def test_a_prompt_of_the_users(tmp_path, chat_server, options):
+    """Its turns are what is sent, filled in, its hash is in the signature, and another prompt's answers are not taken from the cache."""
+    preds, prompt, out = tmp_path / "p.jsonl", tmp_path / "own.txt", tmp_path / "o"
+    write_predictions(preds, 1)
+    prompt.write_text(OWN, encoding="utf-8")
+    server = chat_server(lambda body: PLAIN)
+    command.judge_file(preds, options(out, server.url))
+    command.judge_file(preds, options(out, server.url, prompt=str(prompt)))
+    ours, own = (body["messages"] for body in server.bodies)  # two questions
+    report_text = f"{REFERENCE} Note 0."
+    assert own == [
+        {"role": "system", "content": "SYSTEM OF THE FILE"},
+        {"role": "user", "content": f'Count. Reference: {report_text}\nCandidate: """{report_text}"""'},
+    ]
+    assert ours != own and "SYSTEM OF THE FILE" not in str(ours)
+    digest = hashlib.sha256(prompt.read_bytes()).hexdigest()[:8]
+    scores = judging.read(out / "scores.jsonl")["p"]
+    assert scores.signature.startswith(f"chexprompt-v1|prompt:{digest}|model:rules|")
+    assert scores.scores["s0"]["chexprompt_total"] == sum(SIGNIFICANT) + sum(INSIGNIFICANT)
+    result = json.loads((out / "results.json").read_text())
+    assert all(f"|prompt:{digest}|" in entry["signature"] for entry in result["metrics"])
+    for judge in ("green", "crimson", "chexprompt_json"):
+        made = command.JUDGES[judge](prompt)
+        assert f"|prompt:{digest}" in made.signature
+        assert made.first(judging.Pair("i", "R", "C"), 0)[0].messages[0]["content"] == "SYSTEM OF THE FILE"
+
+
+@pytest.mark.parametrize(
+    ("judge", "text", "message"),
+    [
+        ("radfact", OWN, "--prompt belongs to judges of one prompt, and radfact has two"),
+        ("chexprompt", None, "own.txt: no prompt in UTF-8 here"),
+        ("chexprompt", "no turns", "own.txt: a prompt has turns"),
+        (
+            "green",
+            OWN.replace("{{candidate}}", "{{report}}"),
+            r"exactly the places \{\{candidate\}\}, \{\{reference\}\}",
+        ),
+    ],
+)
+def test_a_prompt_that_cannot_be_used(tmp_path, chat_server, options, judge, text, message):
+    write_predictions(tmp_path / "p.jsonl", 1)
+    if text is not None:
+        (tmp_path / "own.txt").write_text(text, encoding="utf-8")
+    server = chat_server(counter)
+    given = options(tmp_path / "o", server.url, judge=judge, prompt=str(tmp_path / "own.txt"))
+    with pytest.raises(UserError, match=message):
+        command.judge_file(tmp_path / "p.jsonl", given)
+    assert not server.bodies and not (tmp_path / "o" / "scores.jsonl").exists()

@@ -1,7 +1,11 @@
 """Raters and scores of known agreement."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,10 +52,134 @@ def test_known_agreement() -> None:
     # |truth - rater| has mean sqrt(2 / pi) of one sd; the mean of three others moves it little. 200 reports: a few percent.
     assert result["scores"]["truth"]["distance"]["all"]["value"] == pytest.approx(np.sqrt(2 / np.pi) / 2, rel=0.1)
     assert result["scores"]["truth"]["distance"]["gap"]["ci"][1] < 0
-    wide = metaeval.evaluate({"x": scores["equal"]}, ratings, [i // 20 for i in range(200)], draws=500)
-    assert wide["clusters"] == 10
     with pytest.raises(ValueError, match="at least two"):
         metaeval.evaluate(scores, ratings[:, :1], range(200))
+
+
+def test_equal_reports_are_one_piece_of_evidence() -> None:
+    """Twenty reports, each five times: as clusters the intervals are those of the twenty, as reports of their own those of a hundred."""
+    rng = np.random.default_rng(2)
+    truth = rng.poisson(4, 20).astype(float)
+    ratings, score = truth[:, None] + rng.normal(0, 1, (20, 3)), {"x": truth + rng.normal(0, 2, 20)}
+    origin = np.repeat(np.arange(20), 5)
+    many = {"x": score["x"][origin]}
+    alone = metaeval.evaluate(score, ratings, range(20))["scores"]["x"]
+    clustered = metaeval.evaluate(many, ratings[origin], origin.tolist())
+    single = metaeval.evaluate(many, ratings[origin], range(100))
+    assert (clustered["clusters"], single["clusters"]) == (20, 100)
+    for measure in ("tau", "distance"):
+        for against in ("all", "left_out", "rater", "gap"):
+            found = [result[measure][against] for result in (alone, clustered["scores"]["x"], single["scores"]["x"])]
+            assert found[1]["ci"] == pytest.approx(found[0]["ci"])
+            widths = [entry["ci"][1] - entry["ci"][0] for entry in found]
+            # Five times the units: the square root of five, 2.2, to what 2,000 draws of so few leave open.
+            assert 1.7 < widths[1] / widths[2] < 2.8
+    values = [result["distance"]["all"]["value"] for result in (alone, clustered["scores"]["x"], single["scores"]["x"])]
+    assert values == pytest.approx([values[0]] * 3)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "launch.metaeval", *map(str, arguments)]
+    return subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+
+
+def expected_of(score: np.ndarray, ratings: np.ndarray) -> dict[str, dict[str, float]]:
+    """Tau and distance of scores [n] and ratings [n, r] from scipy and loops."""
+    raters = range(ratings.shape[1])
+    rest = [np.mean([ratings[:, other] for other in raters if other != r], axis=0) for r in raters]
+
+    def both(measure: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, float]:
+        mine = float(np.mean([measure(score, rest[r]) for r in raters]))
+        theirs = float(np.mean([measure(ratings[:, r], rest[r]) for r in raters]))
+        everyone = float(measure(score, ratings.mean(axis=1)))
+        return {"all": everyone, "left_out": mine, "rater": theirs, "gap": abs(mine) - theirs}
+
+    far: Callable[[np.ndarray, np.ndarray], float] = lambda x, y: float(np.mean(np.abs(x - y)))  # noqa: E731
+    return {"tau": both(lambda x, y: float(kendalltau(x, y).statistic)), "distance": both(far)}
+
+
+def values_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {m: {name: entry["value"] for name, entry in found[m].items()} for m in ("tau", "distance")}
+
+
+def test_command_on_rexval(tmp_path: Path) -> None:
+    """The columns of ReXVal's 6_valid_raters_per_rater_error_categories.csv, made-up counts: a line per rater, kind of error and severity; four
+    candidates of each study, which are one cluster."""
+    rng = np.random.default_rng(3)
+    candidates = ("radgraph", "bertscore", "s_emb", "bleu")
+    hard = rng.poisson(0.3, (8, 4, 1, 6, 2))
+    errors = hard + (rng.random((8, 4, 6, 6, 2)) < 0.15)  # study, candidate, rater, category, severity
+    lines = ["study_number,candidate_type,error_category,clinically_significant,rater_index,num_errors"]
+    for study, candidate, rater, category, severity in np.ndindex(errors.shape):
+        number = errors[study, candidate, rater, category, severity]
+        lines.append(f"{study},{candidates[candidate]},{category + 1},{severity == 0},{rater},{number}")
+    (tmp_path / "rexval.csv").write_text("\n".join(lines) + "\n")
+    totals = errors.sum(axis=(3, 4)).reshape(32, 6).astype(float)
+    near = np.rint(totals.mean(axis=1)) + rng.integers(-1, 2, 32)
+    scores = {"counts": near, "similarity": -near / 10}
+    rows = [
+        {"id": str(i // 4), "system": candidates[i % 4], "scores": {name: score[i] for name, score in scores.items()}}
+        for i in range(32)
+    ]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--id=study_number", "--rater=rater_index", "--value=num_errors")
+    files = (tmp_path / "scores.jsonl", tmp_path / "rexval.csv")
+    done = run(*files, *columns, "--system=candidate_type", f"--out={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["raters"], result["left_out"], list(result["metrics"])) == (6, 0, ["counts", "similarity"])
+    for name, score in scores.items():
+        found, expected = result["metrics"][name], expected_of(score, totals)
+        assert (found["n"], found["clusters"]) == (32, 8)
+        for measure, value in values_of(found).items():
+            assert value == pytest.approx(expected[measure])
+        low, high = found["tau"]["all"]["ci"]
+        assert low <= expected["tau"]["all"] <= high
+        assert f"{expected['tau']['all']:.3f} [{low:.3f}, {high:.3f}]" in done.stdout
+    assert result["metrics"]["similarity"]["tau"]["all"]["value"] == -result["metrics"]["counts"]["tau"]["all"]["value"]
+    unnamed = run(*files, *columns)
+    assert unnamed.returncode != 0 and "give --system" in unnamed.stderr and "Traceback" not in unnamed.stderr
+
+
+def test_command_on_radpref(tmp_path: Path) -> None:
+    """RadPref has two candidates, C1 and C2, of every case and three radiologists who rate each from 1 to 5; it keeps a JSON file for each
+    rater, here as the lines that these hold. One rating is absent."""
+    rng = np.random.default_rng(4)
+    quality = rng.integers(1, 6, (12, 2, 1))
+    ratings = np.clip(quality + rng.integers(-1, 2, (12, 2, 3)), 1, 5).astype(float)
+    users = [
+        {
+            "annotations": {
+                f"case{i}": {f"C{c + 1}": {"rating": int(ratings[i, c, user])} for c in range(2)} for i in range(12)
+            }
+        }
+        for user in range(3)
+    ]
+    del users[2]["annotations"]["case7"]["C2"]
+    lines = ["case_id,candidate,rater,rating"]
+    for user, file in enumerate(users, start=1):
+        for case, rated in file["annotations"].items():
+            lines += [f"{case},{candidate},user_{user},{given['rating']}" for candidate, given in rated.items()]
+    (tmp_path / "radpref.csv").write_text("\n".join(lines) + "\n")
+    score = quality[:, :, 0] + rng.normal(0, 0.5, (12, 2))
+    rows = [
+        {"id": f"case{i}", "system": f"C{c + 1}", "scores": {"crimson": score[i, c]}}
+        for i in range(12)
+        for c in range(2)
+    ]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--id=case_id", "--system=candidate", "--value=rating", f"--out={tmp_path / 'out.json'}")
+    done = run(tmp_path / "scores.jsonl", tmp_path / "radpref.csv", *columns)
+    assert done.returncode == 0, done.stderr
+    assert "1 reports left out: not rated by all 3 raters." in done.stdout
+    kept = np.ones((12, 2), bool)
+    kept[7, 1] = False
+    found = json.loads((tmp_path / "out.json").read_text())["metrics"]["crimson"]
+    assert (found["n"], found["clusters"]) == (23, 12)
+    expected = expected_of(score[kept], ratings[kept])
+    for measure, value in values_of(found).items():
+        assert value == pytest.approx(expected[measure])
+    assert found["tau"]["all"]["value"] > 0.5  # more is better with raters of quality
 
 
 COLUMNS: dict[str, str | None] = {"id": "id", "system": None, "rater": "rater", "value": "value", "cluster": None}

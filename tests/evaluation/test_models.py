@@ -15,7 +15,7 @@ import pytest
 
 from evaluation import bertscore, bleu, models, radcliq, radgraph, report, weights
 from evaluation.predictions import Predictions, Row
-from launch import doctor
+from launch import compare, doctor
 from rad_jax.errors import UserError
 
 TEXTS = [("a", "Small left effusion.", "Small effusion."), ("b", "Clear lungs.", "Clear lungs."), ("c", "x", "")]
@@ -114,6 +114,25 @@ def test_radcliq_is_of_one_encoder_without_frequencies(folder: Path, monkeypatch
     assert "radcliq_v1" not in scores(folder)[0]
 
 
+def test_comparing_with_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch.compare fills in what the folder gives, for both systems, and its gates may name it."""
+    files = []
+    for system, said in (("base", [true for _, true, _ in TEXTS]), ("new", [said for *_, said in TEXTS])):
+        rows = [{"id": i, "query": "", "reference": true, "prediction": text} for (i, true, _), text in zip(TEXTS, said, strict=True)]  # fmt: skip
+        files.append(folder.parent / f"{system}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unset = dict.fromkeys(("labels", "radgraph", "data"))
+    given = {"fail_if": ["bertscore < -1pp"], "profile": "native", "judged": [], "trials": 100, "weights": str(folder)}
+    monkeypatch.setattr(compare.flags, "FLAGS", SimpleNamespace(**unset, **given, out=str(folder.parent)))
+    assert compare.main(["compare", *map(str, files)]) == 1
+    found = {row["metric"]: row for row in json.loads((folder.parent / "comparisons.json").read_text())["comparisons"]}
+    assert {"chexbert_micro_14", "radgraph_partial", "bertscore", "semb_score"} <= set(found)
+    assert found["bertscore"]["diff"] == pytest.approx((15 / 20 + 1 + 0) / 3 - 1)
+    monkeypatch.setattr(compare.flags.FLAGS, "weights", None)
+    with pytest.raises(UserError, match="no metric 'bertscore'"):
+        compare.main(["compare", *map(str, files)])
+
+
 def test_what_is_missing_is_left_out(folder: Path) -> None:
     (folder / "radgraph/vocab.txt").unlink()
     (folder / "chexbert/chexbert.pth").unlink()
@@ -188,4 +207,4 @@ def test_doctor_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "cpu" in done.stdout and "Weights (none given: --weights=DIR)" in done.stdout
     bad = subprocess.run([*command, f"--weights={tmp_path / 'x'}"], cwd=root, capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert bad.returncode != 0 and "no folder of weights" in bad.stderr and json.dumps("Traceback") not in bad.stderr
+    assert bad.returncode == 2 and "no folder of weights" in bad.stderr and "Traceback" not in bad.stderr

@@ -55,10 +55,12 @@ def test_mass_contrast_and_overlap() -> None:
     score = pointing.map_score(attention, mask)
     assert score.contrast == pytest.approx(4.333333, abs=1e-6)
     assert score.mass == pytest.approx(0.666667, abs=1e-6)
-    assert score.mean_iou == pytest.approx(np.mean([0.5, 2 / 3, 2 / 3, 1, 1]))
+    assert pointing.THRESHOLDS == (0.1, 0.2, 0.3, 0.4, 0.5)
+    assert score.iou == pytest.approx((0.5, 2 / 3, 2 / 3, 1, 1))
+    assert score.mean_iou == pytest.approx(0.766667, abs=1e-6)
     assert pointing.hit(attention, mask)
     large = pointing.map_score(attention, np.kron(mask, np.ones((7, 7), bool)))
-    assert (large.mass, large.mean_iou) == pytest.approx((score.mass, score.mean_iou))
+    assert (large.mass, *large.iou) == pytest.approx((score.mass, *score.iou))
 
 
 def test_maps_and_masks_that_cannot_be_scored() -> None:

@@ -1,4 +1,7 @@
-"""The bootstrap against the closed form and against itself."""
+"""The bootstrap against the closed form and against itself.
+
+Not offered, so not here: Benjamini-Hochberg, the Wilcoxon and paired t tests, the basic bootstrap interval.
+"""
 
 import numpy as np
 import pytest
