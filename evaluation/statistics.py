@@ -105,11 +105,6 @@ def half_width(interval: Interval | None) -> float | None:
     return None if interval is None else (interval[1] - interval[0]) / 2.0
 
 
-def units_needed(units: int, half: float, target: float) -> int:
-    """How many units give an interval of half width `target`, when `units` gave `half`; widths shrink with the square root."""
-    return int(np.ceil(units * (half / target) ** 2))
-
-
 @dataclass(frozen=True)
 class Significance:
     """A two-sided randomisation test: p, the least p that so few units allow, and whether every assignment was tried."""

@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     wanted = report.Options(
         profiles=evaluate.profile_names(options.profile),
         reference_labels=labels.read_csv(reference_path) if reference_path else None,
+        labels_by=options.labels_by,
         reference_annotations=radgraph.read(entities_path) if entities_path else None,
         judged=[judging.read(Path(name)) for name in options.judged],
         trials=options.trials,
@@ -94,6 +95,11 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
+    flags.DEFINE_string(
+        "labels_by",
+        "chexbert",
+        "Which labeler made the files of --labels: the name of its scores, as in chexbert_micro_14.",
+    )
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_list("judged", [], "Score files of launch.judge.")
     flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")

@@ -132,4 +132,3 @@ def test_bca_of_a_skewed_statistic_is_scipys() -> None:
 def test_widths() -> None:
     assert statistics.half_width((0.25, 0.75)) == 0.25
     assert statistics.half_width(None) is None
-    assert statistics.units_needed(100, 0.04, 0.02) == 400
