@@ -94,6 +94,10 @@ class _Filler:
     def put(self, name: str, tensor: Tensor) -> None:
         if found := _LAYER.fullmatch(name):
             self._put_layer(self._layers[int(found[1])], found[2], tensor)
+        elif name == "language_model.lm_head.weight":
+            head = Dense((len(tensor), tensor.shape[1]), **self._like)
+            head.put(0, tensor)
+            self._whole[name] = head.turned
         elif name.startswith("language_model."):
             self._whole[name] = self._placed(tensor)
         elif name.startswith("multi_modal_projector."):
@@ -116,7 +120,7 @@ class _Filler:
                 f"{self._bundle.folder}: {len(self._missing)} tensors are missing ({few} ...): export it again."
             )
         embedding = self._whole["language_model.model.embed_tokens.weight"]
-        head = embedding if self._bundle.decoder.tied else self._whole["language_model.lm_head.weight"]
+        head = embedding.t() if self._bundle.decoder.tied else self._whole["language_model.lm_head.weight"]
         return Weights(embedding, self._layers, self._whole["language_model.model.norm.weight"], head, self._vision)
 
     def _put_layer(self, layer: Layer, part: str, tensor: Tensor) -> None:

@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All tensors of a model: the tower's and projector's by their names in the bundle; `head` [V, D] may be the embedding."""
+    """All tensors of a model: the tower's and projector's by their names in the bundle; `head` [D, V] may be the embedding, turned."""
 
     embedding: Tensor
     layers: Sequence[Layer]
@@ -208,7 +208,7 @@ class Model:
         return F.rms_norm(x, gain.shape, gain, self.decoder.eps)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self._norm(x, self.weights.norm), self.weights.head, self._bias).float()
+        return torch.addmm(self._bias, self._norm(x, self.weights.norm), self.weights.head).float()
 
 
 class Maps:

