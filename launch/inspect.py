@@ -10,7 +10,7 @@ members. Up to --films records of each split are read, evenly spaced; duplicates
 
 The page shows images, texts and ids: it is as sensitive as the corpus. Exit status 1 with --strict if a film that is held out is also trained on.
 
-Every command that opens a corpus compares the lengths of its shards with shards.json; --verify reads them whole and compares their checksums,
+Every command that opens a corpus compares sizes and ends of its shards with shards.json; --verify reads them whole and compares checksums,
 after a copy, say, and before a pod starts. It names each shard that is not as it was packed, and ends with exit status 1 if there is one.
 """
 

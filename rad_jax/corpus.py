@@ -20,6 +20,8 @@ from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
 
 SHARDS = "shards.json"
+# Bytes at the end of a shard that say where its records end; sizes of ArrayRecord files are rounded up to as many.
+_END = 64 << 10
 _AGAIN = "copy or pack the corpus again"
 
 
@@ -185,7 +187,7 @@ class Corpus:
 
     @functools.cached_property
     def shards(self) -> Mapping[str, Mapping[str, Any]]:
-        """Name of every shard -> its `bytes` and `sha256` when it was packed; empty for a mixture.
+        """Name of every shard -> what `known_by` gave when it was packed; empty for a mixture.
 
         Raises:
             UserError: this list is missing or damaged.
@@ -195,7 +197,11 @@ class Corpus:
         file = self.path / SHARDS
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-            return {name: {"bytes": int(of["bytes"]), "sha256": str(of["sha256"])} for name, of in known.items()}
+            # Corpora of earlier builds do not tell the ends.
+            return {
+                name: {"bytes": int(of["bytes"]), "end": of.get("end"), "sha256": str(of["sha256"])}
+                for name, of in known.items()
+            }
         except OSError as error:
             raise UserError(f"{file}: this list of the corpus's shards is missing, {_AGAIN}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -272,24 +278,36 @@ class Mixture:
         return self._sources[source][row]
 
 
+def known_by(shard: Path) -> dict[str, Any]:
+    """What a shard is known by: its length in `bytes`, SHA-256 of its `end`, which is quickly read, and of the whole of it, `sha256`."""
+    with shard.open("rb") as file:
+        return {**_ends(shard), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def fingerprint_of(shards: Mapping[str, Mapping[str, Any]]) -> str:
     """SHA-256 over names and contents of shards, in the order of their names, as `Corpus.shards` has them."""
     lines = "".join(f"{name} {shards[name]['sha256']}\n" for name in sorted(shards))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _ends(shard: Path) -> dict[str, Any]:
+    with shard.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _END, 0))
+        return {"bytes": size, "end": hashlib.sha256(file.read()).hexdigest()}
+
+
 def _state(shard: Path, known: Mapping[str, Any] | None, records: int) -> str:
-    """What is wrong with a shard, or nothing: its size is asked for first, its records take an opening.
+    """What is wrong with a shard, or nothing.
 
     A shard of another corpus may well hold as many records.
     """
     try:
-        size = shard.stat().st_size
+        found = _ends(shard)
     except OSError:
         return "missing"
-    if known is None or size != known["bytes"]:
-        packed = f"{known['bytes']} were packed" if known else "none of this name was packed"
-        return f"damaged or another corpus's ({size} bytes, {packed})"
+    if known is None or found["bytes"] != known["bytes"] or known["end"] not in (None, found["end"]):
+        return "damaged or another corpus's"
     return "" if _records(str(shard)) == records else "damaged"
 
 
