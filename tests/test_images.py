@@ -245,6 +245,58 @@ def test_dicom_files_decode_to_the_golden_values(golden):
     assert (trend < -0.9) if golden["photometric"] == "MONOCHROME1" else (trend > 0.9)
 
 
+def table_of(item: Any) -> tuple[np.ndarray, int]:
+    """The table of a LUT and the first value it is for."""
+    entries, first, _ = item.LUTDescriptor
+    data = item["LUTData"].value
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.array(data, np.uint16)
+    assert len(table) == entries
+    return table.astype(int), first
+
+
+def shown_by_table(stored: np.ndarray, item: Any, kind: str, photometric: str) -> np.ndarray:
+    """What a film with one LUT shows, by indexing alone (PS3.3 C.11.1.1 and C.11.2.1.1): values beyond the table take its ends.
+
+    A VOI LUT's own range becomes black to white; a modality LUT leaves that open, and the film's darkest to brightest value is spread.
+    """
+    table, first = table_of(item)
+    values = table[np.clip(stored.astype(int) - first, 0, len(table) - 1)]
+    ends = table if kind == "VOILUTSequence" else values
+    grey = np.rint((values - ends.min()) / (ends.max() - ends.min()) * 255).astype(np.uint8)
+    return 255 - grey if photometric == "MONOCHROME1" else grey
+
+
+@needs_real
+@pytest.mark.parametrize("bent", [False, True], ids=["as it is", "bent"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mlut_18.dcm", "ModalityLUTSequence"),
+        ("CR-ModalitySequenceLUT.dcm", "ModalityLUTSequence"),
+        ("vlut_04.dcm", "VOILUTSequence"),
+    ],
+)
+def test_a_film_with_a_table_shows_what_the_table_says(name, kind, bent, tmp_path):
+    """All three tables are straight lines; bent, one is its middle half squared, so that most values are beyond its ends or off the line."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
+    dataset = pydicom.dcmread(DICOM / name)
+    item = dataset[kind].value[0]
+    if bent:
+        table, first = table_of(item)
+        part = slice(len(table) // 4, 3 * len(table) // 4)
+        item.LUTDescriptor = [len(table) // 2, first + part.start, 16]
+        squared = (table[part] ** 2 // table.max()).astype("<u2")
+        item["LUTData"] = pydicom.DataElement("LUTData", "OW", squared.tobytes())
+    path = tmp_path / name
+    dataset.save_as(path)
+    stored = pydicom.dcmread(path).pixel_array
+    shown = images.load_grey(path)
+    np.testing.assert_array_equal(shown, shown_by_table(stored, item, kind, dataset.PhotometricInterpretation))
+    assert (shown.min(), shown.max()) == (0, 255)
+    straight = images.load_grey(DICOM / name)
+    assert (shown != straight).any() == bent
+
+
 @needs_real
 def test_chest_films_show_lung_dark_and_spine_bright():
     pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
@@ -281,7 +333,10 @@ def small_dicom(**changes):
     dataset.PhotometricInterpretation = "MONOCHROME2"
     dataset.PixelData = np.arange(-600, 600, 100, dtype=np.int16).tobytes()
     for key, value in changes.items():
-        setattr(dataset, key, value)
+        if isinstance(value, pydicom.DataElement):
+            dataset.add(value)
+        else:
+            setattr(dataset, key, value)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -308,6 +363,48 @@ def test_dicom_in_the_style_of_mimic_cxr_jpg(tmp_path):
     np.testing.assert_array_equal(images.load_grey(path, "mimic_cxr_jpg").ravel(), even[::-1])
     small, shape = images.load_short(path, 2, "mimic_cxr_jpg")
     assert shape == (4, 3) and small.shape == (2, 2)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    "tags",
+    [{}, {"WindowCenter": "0.5", "WindowWidth": "401"}, {"RescaleSlope": "-2", "RescaleIntercept": "100"}],
+    ids=["spread", "window", "rescale"],
+)
+def test_padding_counts_for_nothing_and_is_black(photometric, tags):
+    """Signed pixels with a border of -2000: the film within is as it is without one, whichever way it is read."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
+    tags = {"PhotometricInterpretation": photometric, **tags}
+    film = np.arange(-600, 600, 40, dtype=np.int16).reshape(6, 5)
+    alone = small_dicom(Rows=6, Columns=5, PixelData=film.tobytes(), **tags)
+    border = np.ones((8, 7), bool)
+    border[1:-1, 1:-1] = False
+    even = np.pad(film, 1, constant_values=-2000)
+    uneven = even.copy()
+    uneven[0] = -1990
+    unsigned = pydicom.DataElement("PixelPaddingValue", "US", 2**16 - 2000)  # some files have it so
+    ways: list[tuple[np.ndarray, dict[str, Any]]] = [
+        (even, {"PixelPaddingValue": -2000}),
+        (even, {"PixelPaddingValue": unsigned}),
+        (uneven, {"PixelPaddingValue": -1990, "PixelPaddingRangeLimit": -2000}),
+    ]
+    for pixels, padding in ways:
+        data = small_dicom(Rows=8, Columns=7, PixelData=pixels.tobytes(), **tags, **padding)
+        for style in images.DICOM_STYLES:
+            grey = images.read_grey(data, "film", style)
+            np.testing.assert_array_equal(grey[1:-1, 1:-1], images.read_grey(alone, "film", style))
+            assert not grey[border].any() and grey.dtype == np.uint8
+        deep, window = images.read_deep(data, "film")
+        wanted, ends = images.read_deep(alone, "film")
+        np.testing.assert_array_equal(deep[1:-1, 1:-1], wanted)
+        assert window == ends and not deep[border].any() and deep.dtype == np.uint16
+    # Without the header's word the border is film, and takes most of the greys; a range that covers all of the film is a mistake.
+    spread = np.ptp(images.read_grey(alone, "film").astype(int))
+    plain = small_dicom(Rows=8, Columns=7, PixelData=even.tobytes(), **tags)
+    wide = {"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": 600}
+    wrong = small_dicom(Rows=8, Columns=7, PixelData=even.tobytes(), **tags, **wide)
+    np.testing.assert_array_equal(images.read_grey(wrong, "film"), images.read_grey(plain, "film"))
+    assert "WindowWidth" in tags or np.ptp(images.read_grey(plain, "film")[1:-1, 1:-1].astype(int)) < spread / 2
 
 
 def test_dicom_rescale_window_and_refusals(tmp_path):

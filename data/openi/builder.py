@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 from data import records, splits
 from rad_jax.chat.access import PUBLIC
@@ -62,8 +63,8 @@ class OpenI(records.SourceBuilder):
         self.counts["reports"] += 1
         try:
             words, ids = read_report(path)
-        except (ElementTree.ParseError, LookupError, ValueError):  # the last two over an encoding that is none
-            self.skipped.append(records.Skip(path.stem, "", "damaged report"))
+        except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two over an encoding that is none
+            self.skipped.append(records.Skip(path.stem, "", "damaged report", damage(error)))
             return []
         for name in ("findings", "impression"):
             self.counts[f"reports with {name}"] += words[name] is not None
@@ -105,17 +106,29 @@ def read_report(path: Path) -> tuple[dict[str, str | None], list[str]]:
     return words, [name for image in root.iter("parentImage") if (name := image.get("id"))]
 
 
+def damage(error: Exception) -> str:
+    """What is wrong with a report, of the errors of `read_report`; of an entity not even the name, which is part of the text."""
+    if isinstance(error, ElementTree.ParseError):
+        line, column = error.position
+        return f"{expat.ErrorString(error.code)}: line {line}, column {column}"
+    return str(error)
+
+
 def read_views(path: Path) -> dict[str, str]:
-    """Film -> frontal or lateral; empty without the file.
+    """Film -> frontal or lateral; empty without the file. A row that ends before its view says nothing of its film.
 
     Raises:
-        UserError: the file lacks a column.
+        UserError: the file is no CSV in UTF-8, or lacks a column.
     """
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"dicom_id", "ViewPosition"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path}: missing column {' and '.join(sorted(missing))}: add it, or remove the file.")
-        return {row["dicom_id"]: row["ViewPosition"].strip().lower() for row in reader}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = {"dicom_id", "ViewPosition"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{path}: missing column {' and '.join(sorted(missing))}: add it, or remove the file.")
+            views = {row["dicom_id"]: (row["ViewPosition"] or "").strip().lower() for row in reader}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV in UTF-8 ({error}): save it as one, or remove the file.") from error
+    return {name: view for name, view in views.items() if view}

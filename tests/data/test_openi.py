@@ -3,13 +3,14 @@
 import csv
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.openi.builder import OpenI, read_report
+from data.openi.builder import OpenI, read_report, read_views
 from data.packing import Arguments, pack
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
@@ -81,6 +82,9 @@ def test_a_miniature(miniature, tmp_path):
         "damaged report": 1,
         "missing image": 1,
     }
+    with (tmp_path / "c/skipped.csv").open(newline="") as file:
+        details = {row["id"]: row["detail"] for row in csv.DictReader(file) if row["reason"] == "damaged report"}
+    assert details == {"4": "unclosed token: line 1, column 11"}
     assert manifest["summary"]["written"] == 16
     rows = {
         name: sum(index["rows"] for index in selection["splits"].values())
@@ -97,8 +101,10 @@ def test_a_miniature(miniature, tmp_path):
             assert row["indication"] == ("Cough < 3 days" if uid % 2 else "")
             assert (row["orig_height"], row["orig_width"]) == (40, 30)
             assert row["view"] == "" if uid > 10 else row["view"] in ("FRONTAL", "LATERAL")
-    patients = [{r["patient"] for r in map(corpus.source(s, "pairs").__getitem__, range(1))} for s in corpus.splits]
-    assert len(set.union(*patients)) == 3
+    sources = [corpus.source(split, "pairs") for split in corpus.splits]
+    patients = [{source[number]["patient"] for number in range(len(source))} for source in sources]
+    assert set.union(*patients) == {"3", *map(str, range(5, 13))}
+    assert sum(map(len, patients)) == 9  # none of them in two splits
 
 
 def test_a_wrong_folder_is_refused(miniature, tmp_path):
@@ -108,6 +114,34 @@ def test_a_wrong_folder_is_refused(miniature, tmp_path):
     with pytest.raises(UserError, match=r"openi_image_views\.csv: missing column ViewPosition and dicom_id"):
         pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<eCitation>Cough&Fever;</eCitation>", "undefined entity: line 1, column 16"),
+        ('<?xml version="1.0" encoding="utf-99"?><eCitation/>', "unknown encoding: utf-99"),
+        ("<eCitation>Cough</eCited>", "mismatched tag: line 1, column 18"),
+    ],
+)
+def test_damage_is_told_without_the_text(text, said, miniature, tmp_path):
+    (miniature / "ecgen-radiology/4.xml").write_text(text)
+    builder = OpenI(source=miniature, image_size=16, data_dir=tmp_path)
+    builder.jobs()
+    assert [skip.detail for skip in builder.skipped if skip.reason == "damaged report"] == [said]
+
+
+def test_views_that_cannot_be_read(miniature, tmp_path):
+    """What is no text is refused; a row that ends early, or has no view, leaves its film without one, and that is counted."""
+    path = miniature / "openi_image_views.csv"
+    path.write_bytes(b"dicom_id,ViewPosition\nCXR5_1_IM-0005-3001,\xe9\n")
+    with pytest.raises(UserError, match=r"openi_image_views\.csv: not a CSV in UTF-8 .*: save it as one"):
+        pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
+    path.write_text("dicom_id,ViewPosition\nCXR5_1_IM-0005-3001\nCXR5_1_IM-0005-4001,Frontal \nCXR6_1_IM-0006-3001,\n")
+    assert read_views(path) == {"CXR5_1_IM-0005-4001": "frontal"}
+    builder = OpenI(source=miniature, image_size=16, data_dir=tmp_path / "d")
+    builder.jobs()
+    assert builder.counts["films without a view"] == 16
 
 
 def test_another_view_file_is_another_corpus(miniature, tmp_path):
@@ -134,9 +168,13 @@ def test_the_real_collection(real, tmp_path):
     assert builder.counts["films without a view"] == 0
     films = [film for of_split in jobs.values() for film in of_split]
     assert len(films) == 8
-    reasons = [skip.reason for skip in builder.skipped]
-    assert reasons.count("report without film") == 104
-    assert len(films) + len(reasons) == 7470 + 104
+    # The collection has 7,470 films and 104 reports without one; every one of both is accounted for.
+    assert Counter(skip.reason for skip in builder.skipped) == {
+        "report without film": 104,
+        "neither findings nor impression": 40,
+        "missing image": 7470 - 40 - 8,
+    }
+    assert len({skip.id for skip in builder.skipped} | {film.id for film in films}) == 7470 + 104
     words, ids = read_report(source / "ecgen-radiology" / "1.xml")
     assert ids == ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"]
     assert words["impression"] == "Normal chest x-XXXX."

@@ -69,7 +69,7 @@ def test_what_a_corpus_holds(corpus):
         "views": {"PA": 14, "AP": 6},
     }
     manifest["summary"]["bytes"] = size
-    assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
+    assert (out / "skipped.csv").read_text().strip() == "id,image,reason,detail"
     tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])
     assert tokenizer.vocab_size <= 512
 
@@ -194,6 +194,39 @@ def test_a_killed_pack_leaves_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 
+def test_the_same_command_goes_on_after_a_kill(tmp_path):
+    """What was finished when the process was killed is never made again, and the corpus is as if nothing had happened."""
+    out = tmp_path / "corpus"
+    arguments = dataclasses.replace(SMALL, studies=300, image_size=64)
+    flags = ["--dataset=phantom", "--image_size=64", "--studies=300", "--vocab_size=512", f"--out={out}", "--workers=1"]
+    process = subprocess.Popen([sys.executable, "-m", "launch.pack", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    shards_of = tmp_path / ".corpus.packing" / "shards"
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(shards_of.glob("*.json"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    # A shard keeps its file when it gets its final name, so that the file's number and time tell whether it was written again.
+    kept = [receipt.with_suffix(".array_record").stat() for receipt in shards_of.glob("*.json")]
+    again = run(*flags)
+    assert again.returncode == 0, again.stderr
+    found = [path.stat() for path in out.glob("phantom/1.0.0/*.array_record*")]
+    assert 2 <= len(kept) < len(found)
+    assert {(of.st_ino, of.st_mtime_ns) for of in kept} <= {(of.st_ino, of.st_mtime_ns) for of in found}
+    whole, _ = pack(arguments, tmp_path / "whole", workers=1, progress=False)
+    assert json.loads((out / "corpus.json").read_text()) == whole
+    names = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(
+        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()
+    )
+    assert [name for name in names if (out / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     def full(self, **kwargs):
         raise RuntimeError("Failed to finalize: write() failed: No space left on device; writing x")
@@ -211,6 +244,11 @@ def test_the_command(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "read 10, written 10 (8 train, 1 validation, 1 test), skipped 0" in first.stdout
     assert "packing: 100%" in first.stderr and "phantom-4-" not in first.stdout + first.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "c/phantom/1.0.0").iterdir())
+    lines = first.stdout.splitlines()
+    assert f"  {size / 1e4:.1f} kB for each film; 697,000 films would take {697e3 * size / 1e10:.0f} GB" in lines
+    pairs = f"  {size / 10:,.0f} bytes for each of the 10 pairs of the largest selection, all"
+    assert f"{pairs}; 697,000 such pairs would take {697e3 * size / 1e10:.0f} GB" in lines
     again = run(*flags, PHANTOM_SEED="4")
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = run(*flags, PHANTOM_SEED="5")
