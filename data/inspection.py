@@ -16,7 +16,8 @@ import tqdm
 
 from data.labels import CHEXPERT
 from data.selections import duplicates
-from rad_jax.corpus import Corpus
+from data.shards import sha256
+from rad_jax.corpus import SHARDS, Corpus, fingerprint_of
 from rad_jax.errors import UserError
 
 STATES = {1: "positive", 0: "negative", -1: "uncertain"}  # of a label; -2 is not stated
@@ -54,11 +55,42 @@ class Facts:
         return self.corpus.path.name
 
 
-def members(path: Path) -> list[Corpus]:
-    """The corpus in a folder, or those that it is a mixture of."""
-    corpus = Corpus.open(path)
+def members(path: Path, damaged: str = "error") -> list[Corpus]:
+    """The corpus in a folder, or those that it is a mixture of, opened as `Corpus.open` does."""
+    corpus = Corpus.open(path, damaged)
     parts = corpus.meta.get("members")
-    return [Corpus.open(path / part["path"]) for part in parts] if parts else [corpus]
+    return [Corpus.open(path / part["path"], damaged) for part in parts] if parts else [corpus]
+
+
+def verify(corpus: Corpus, progress: bool = True) -> list[str]:
+    """A sentence for each shard whose contents are not those that were packed. Reads all of them.
+
+    Args:
+        corpus: no mixture.
+        progress: show a bar on stderr, in bytes.
+
+    Raises:
+        UserError: the list of the shards is missing, damaged, or not the one of this corpus.
+    """
+    again, folder = "copy or pack the corpus again", corpus.path / corpus.meta["builder_dir"]
+    if fingerprint_of(corpus.shards) != corpus.meta["fingerprint"]:
+        raise UserError(f"{corpus.path / SHARDS}: this list of shards is damaged or another corpus's, {again}.")
+    found = []
+    total = sum(shard["bytes"] for shard in corpus.shards.values())
+    what = f"verifying {corpus.path.name}"
+    with tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, shard in corpus.shards.items():
+            path = folder / name
+            try:
+                state = "" if sha256(path) == shard["sha256"] else "damaged or another corpus's"
+            except FileNotFoundError:
+                state = "missing"
+            except OSError as error:
+                state = f"unreadable ({error.strerror})"
+            if state:
+                found.append(f"{path}: this shard of the corpus is {state}, {again}.")
+            bar.update(shard["bytes"])
+    return found
 
 
 def look(corpus: Corpus, films: int, samples: int, progress: bool = True) -> Facts:

@@ -36,9 +36,10 @@ from data.records import SPLITS, CorpusBuilder
 from data.selections import count_duplicates, write_indices
 from data.shards import Stopped, sha256
 from rad_jax import prompts
+from rad_jax.corpus import SHARDS, fingerprint_of, known_by
 from rad_jax.errors import UserError, check_format
 
-MANIFEST, SHARDS = "corpus.json", "shards.json"
+MANIFEST = "corpus.json"
 _LEAST_STUDIES, _LEAST_IMAGE = 10, 16
 
 
@@ -323,11 +324,11 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
 
 
 def _fingerprint(builder_dir: Path, folder: Path) -> str:
-    """SHA-256 over names and contents of the shards, in the order of their names; writes those of each to `shards.json`."""
+    """`fingerprint_of` the shards; writes what each is `known_by` to `shards.json`."""
     found = {path.name: path for path in builder_dir.iterdir() if ".array_record" in path.name}
-    known = {name: {"bytes": found[name].stat().st_size, "sha256": sha256(found[name])} for name in sorted(found)}
+    known = {name: known_by(found[name]) for name in sorted(found)}
     (folder / SHARDS).write_text(json.dumps(known, indent=1) + "\n")
-    return hashlib.sha256("".join(f"{name} {shard['sha256']}\n" for name, shard in known.items()).encode()).hexdigest()
+    return fingerprint_of(known)
 
 
 def _sha256_of(paths: Sequence[Path]) -> str:

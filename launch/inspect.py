@@ -2,12 +2,16 @@
 
     python -m launch.inspect --data=out/openi --out=out/openi.html
     python -m launch.inspect --data=out/openi,out/mimic_cxr --out=out/both.html     # also: what does the one hold out that the other trains on?
+    python -m launch.inspect --data=out/mimic_cxr --verify     # is every byte the one that was packed? no page
 
 The page has films with their texts, labels and boxes, token lengths of the findings (with how many are longer than --text_length), counts of
 labels, views and text methods, what packing left out and why, and films that are there twice, equal or much alike. A mixture is shown by its
 members. Up to --films records of each split are read, evenly spaced; duplicates are looked for among all.
 
 The page shows images, texts and ids: it is as sensitive as the corpus. Exit status 1 with --strict if a film that is held out is also trained on.
+
+Every command that opens a corpus compares sizes and ends of its shards with shards.json; --verify reads them whole and compares checksums,
+after a copy, say, and before a pod starts. It names each shard that is not as it was packed, and ends with exit status 1 if there is one.
 """
 
 from collections import Counter
@@ -26,12 +30,17 @@ _FILMS = flags.DEFINE_integer("films", 20_000, "Records of each split that are c
 _SAMPLES = flags.DEFINE_integer("samples", 24, "Films of each corpus that are shown.", lower_bound=0)
 _TEXT_LENGTH = flags.DEFINE_integer("text_length", 256, "Tokens of findings that training would keep.", lower_bound=1)
 _STRICT = flags.DEFINE_bool("strict", False, "Exit status 1 if a held-out film is also in a training split.")
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "Compare the contents of all shards with their checksums, and do nothing else."
+)
 
 
 def main(_: Sequence[str]) -> int:
     from data import inspection
     from evaluation import corpus_page
 
+    if _VERIFY.value:
+        return verify(_DATA.value)
     corpora = [corpus for path in _DATA.value for corpus in inspection.members(Path(path))]
     found = [inspection.look(corpus, _FILMS.value, _SAMPLES.value) for corpus in corpora]
     rows = inspection.shared(corpora)
@@ -48,6 +57,22 @@ def main(_: Sequence[str]) -> int:
         print(f"  look: {line}")
     print(f"wrote {path}")
     return 1 if leaks and _STRICT.value else 0
+
+
+def verify(folders: Sequence[str]) -> int:
+    """Reads every shard of these corpora, tells which are not as they were packed, and returns the exit status."""
+    from data import inspection
+
+    bad = 0
+    for corpus in (corpus for path in folders for corpus in inspection.members(Path(path), "count")):
+        found = inspection.verify(corpus)
+        bad += len(found)
+        for sentence in found:
+            print(sentence)
+        size = sum(shard["bytes"] for shard in corpus.shards.values())
+        told = f"{len(found)} of them not as they were packed" if found else "all as they were packed"
+        print(f"{corpus.path}: {len(corpus.shards)} shards, {size / 1e9:.2f} GB, {told}")
+    return 1 if bad else 0
 
 
 def cautions(facts: Any, text_length: int) -> list[str]:

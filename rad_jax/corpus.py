@@ -1,7 +1,7 @@
 """A packed corpus on disk, read without TensorFlow.
 
-A corpus is a folder with `corpus.json`, one ArrayRecord dataset, and an index of each selection that packing made; one
-record is one film with all its texts, one row of an index is one text of one film.
+A corpus is a folder with `corpus.json`, one ArrayRecord dataset, `shards.json` (what its shards are known by), and an index of each selection
+that packing made; one record is one film with all its texts, one row of an index is one text of one film.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,20 @@ import numpy as np
 
 from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
+
+SHARDS = "shards.json"
+# Bytes at the end of a shard that say where its records end; sizes of ArrayRecord files are rounded up to as many.
+_END = 64 << 10
+_AGAIN = "copy or pack the corpus again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A shard that cannot be used: the records of its split that were in it, and a sentence about it."""
+
+    split: str
+    records: range
+    sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +50,12 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], damaged: str = "error") -> "Corpus":
-        """Opens a corpus and checks that every shard is there, readable and as long as the dataset says.
+        """Opens a corpus and checks that every shard is there, readable, and as long as packing left it, in bytes and in records.
 
         Args:
             path: its folder.
-            damaged: one of DAMAGED; with "count" the rows of shards that are missing or damaged get weight 0, and `lost` names those.
+            damaged: one of DAMAGED; with "count" the rows of shards that are missing, damaged or another corpus's get weight 0, and
+                `lost` names those.
 
         Raises:
             UserError: no corpus there, one of another format version, or shards that are missing or damaged.
@@ -97,7 +112,13 @@ class Corpus:
         import tensorflow_datasets as tfds
 
         records = self._builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        return Source(records, rows, self.meta["selections"][selection]["question"], f"{split} split of {self.path}")
+        return Source(
+            records,
+            rows,
+            self.meta["selections"][selection]["question"],
+            f"{split} split of {self.path}",
+            [shard.records for shard in self._lost if shard.split == split],
+        )
 
     def identity(self, split: str, selection: str) -> dict[str, Any]:
         """What a run and its texts remember of their data: where the rows come from, how many, and a fingerprint of all of it.
@@ -157,25 +178,53 @@ class Corpus:
             if corpus.fingerprint(member["selection"]) != member["fingerprint"]:
                 raise UserError(f"{corpus.path}: is not the corpus that {self.path} was mixed from, mix it again")
 
-    @functools.cached_property
+    @property
     def lost(self) -> list[str]:
-        """A sentence for each shard that is missing, damaged or of another length, as reading a record would show; raises as `open`."""
+        """A sentence for each shard that is missing, damaged or of another length; raises as `open`."""
         if "members" in self.meta:
             return [sentence for member in self._members for sentence in member.lost]
-        again = "copy or pack the corpus again"
+        return [shard.sentence for shard in self._lost]
+
+    @functools.cached_property
+    def shards(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name of every shard -> what `known_by` gave when it was packed; empty for a mixture.
+
+        Raises:
+            UserError: this list is missing or damaged.
+        """
+        if "members" in self.meta:
+            return {}
+        file = self.path / SHARDS
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            # Corpora of earlier builds do not tell the ends.
+            return {
+                name: {"bytes": int(of["bytes"]), "end": of.get("end"), "sha256": str(of["sha256"])}
+                for name, of in known.items()
+            }
+        except OSError as error:
+            raise UserError(f"{file}: this list of the corpus's shards is missing, {_AGAIN}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{file}: this list of the corpus's shards is damaged, {_AGAIN}") from error
+
+    @functools.cached_property
+    def _lost(self) -> list[Lost]:
         try:
             infos = self._builder.info.splits
         except Exception as error:  # tfds raises many kinds over its own json files
-            raise UserError(f"{self.path / self.meta['builder_dir']}: no readable dataset, {again}") from error
+            raise UserError(f"{self.path / self.meta['builder_dir']}: no readable dataset, {_AGAIN}") from error
         found = []
         for split, count in self.splits.items():
             info = infos.get(split)
             if (info.num_examples if info else 0) != count:
-                raise UserError(f"{self.path}: corpus.json counts {count} {split} records, the dataset other, {again}")
+                raise UserError(f"{self.path}: corpus.json counts {count} {split} records, the dataset other, {_AGAIN}")
+            first = 0
             for name, length in zip(info.filepaths, info.shard_lengths, strict=True) if info else ():
-                state = "missing" if not os.path.exists(name) else "damaged" if _records(str(name)) != length else ""
+                shard, records = Path(name), range(first, first + length)
+                first += length
+                state = _state(shard, self.shards.get(shard.name), length)
                 if state:
-                    found.append(f"{name}: this shard of the corpus is {state}, {again}")
+                    found.append(Lost(split, records, f"{shard}: this shard of the corpus is {state}, {_AGAIN}"))
         return found
 
 
@@ -186,20 +235,23 @@ class Source:
     text, `question` is what its selection asks. The first text of a film has the film's id, another one "id~method".
     """
 
-    def __init__(self, records: Any, rows: np.ndarray, question: str, name: str):
+    def __init__(self, records: Any, rows: np.ndarray, question: str, name: str, lost: Sequence[range] = ()):
+        """Args: records: random access to them; rows: record and text numbers, int [n, 2]; question: kind of it, of the selection;
+        name: what errors call it; lost: records of shards that must not be read, though they may be readable."""
         self._records, self._rows, self._question, self._name = records, rows, question, name
+        self._lost = lost
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         record_number, slot = map(int, self._rows[number])
+        if any(record_number in records for records in self._lost):
+            raise UserError(f"record {record_number} of the {self._name} is in a shard that is lost, {_AGAIN}")
         try:
             record = self._records[record_number]
         except RuntimeError as error:  # a checksum of the shard does not hold
-            raise UserError(
-                f"record {record_number} of the {self._name} is damaged, copy or pack the corpus again"
-            ) from error
+            raise UserError(f"record {record_number} of the {self._name} is damaged, {_AGAIN}") from error
         row = {
             key: value.decode() if isinstance(value, bytes) and key != "image" else value
             for key, value in record.items()
@@ -224,6 +276,39 @@ class Mixture:
     def __getitem__(self, number: int) -> dict[str, Any]:
         source, row = map(int, self._rows[number])
         return self._sources[source][row]
+
+
+def known_by(shard: Path) -> dict[str, Any]:
+    """What a shard is known by: its length in `bytes`, SHA-256 of its `end`, which is quickly read, and of the whole of it, `sha256`."""
+    with shard.open("rb") as file:
+        return {**_ends(shard), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fingerprint_of(shards: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 over names and contents of shards, in the order of their names, as `Corpus.shards` has them."""
+    lines = "".join(f"{name} {shards[name]['sha256']}\n" for name in sorted(shards))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _ends(shard: Path) -> dict[str, Any]:
+    with shard.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _END, 0))
+        return {"bytes": size, "end": hashlib.sha256(file.read()).hexdigest()}
+
+
+def _state(shard: Path, known: Mapping[str, Any] | None, records: int) -> str:
+    """What is wrong with a shard, or nothing.
+
+    A shard of another corpus may well hold as many records.
+    """
+    try:
+        found = _ends(shard)
+    except OSError:
+        return "missing"
+    if known is None or found["bytes"] != known["bytes"] or known["end"] not in (None, found["end"]):
+        return "damaged or another corpus's"
+    return "" if _records(str(shard)) == records else "damaged"
 
 
 def _records(shard: str) -> int:

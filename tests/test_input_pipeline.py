@@ -85,6 +85,7 @@ def pack(folder: Path) -> None:
         warnings.simplefilter("ignore")  # of tensorflow_datasets and its dependencies
         import tensorflow_datasets as tfds
 
+    from data import packing
     from data.records import features
     from data.selections import Selection, write_indices
 
@@ -124,7 +125,7 @@ def pack(folder: Path) -> None:
         "tokenizer": "tokenizer.json",
         "splits": COUNTS,
         "selections": write_indices(builder, selections, COUNTS, folder),
-        "fingerprint": "of the shards",
+        "fingerprint": packing._fingerprint(Path(builder.data_dir), folder),
     }
     (folder / "corpus.json").write_text(json.dumps(meta))
 
@@ -475,6 +476,12 @@ def test_user_errors(corpus, folder, tmp_path):
     index.unlink()
     with pytest.raises(UserError, match=r"all-train\.npy: this index of the corpus is missing"):
         Corpus.open(copy).source("train")
+    (copy / "shards.json").write_text('{"tiny": {"bytes": 1}}')
+    with pytest.raises(UserError, match=r"shards\.json: this list of the corpus's shards is damaged"):
+        Corpus.open(copy)
+    (copy / "shards.json").unlink()
+    with pytest.raises(UserError, match=r"shards\.json: this list of the corpus's shards is missing"):
+        Corpus.open(copy)
     (copy / "corpus.json").write_text("{")
     with pytest.raises(UserError, match=r"corpus\.json: damaged"):
         Corpus.open(copy)

@@ -1,11 +1,13 @@
 """The page of a corpus: its counts are those of the corpus, films that are held out and trained on are found, nothing in it is markup."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from PIL import Image
 from data import inspection
 from data.packing import Arguments, pack
 from data.phantom.study import study
+from rad_jax import corpus
 from rad_jax.corpus import Corpus
+from rad_jax.errors import UserError
+from rad_jax.input_pipeline import eval_batches
 
 
 def run(*arguments):
@@ -125,6 +130,72 @@ def test_the_command(corpora, tmp_path):
     assert "have more than 40 tokens" in html
     assert "5 films, 2 left out" in said and "Clear." not in said
     assert run(f"--data={corpora[1]}", f"--out={out}", "--strict")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.fixture
+def copied(corpora, tmp_path):
+    """A copy of the first corpus, the one shard of its validation split, and that of the second corpus, which is of one film too."""
+    shutil.copytree(corpora[0], tmp_path / "c")
+    shard, other = (next(folder.glob("folder/*/*validation*")) for folder in (tmp_path / "c", corpora[1]))
+    assert shard.name == other.name and corpus._records(str(shard)) == corpus._records(str(other)) == 1
+    return tmp_path / "c", shard, other
+
+
+def test_a_shard_of_another_corpus_is_noticed(copied):
+    folder, shard, other = copied
+    # Neither of the two numbers that one would look at first tells them apart; their ends do.
+    assert shard.stat().st_size == other.stat().st_size
+    shutil.copyfile(other, shard)
+    with pytest.raises(UserError, match=rf"{shard.name}: this shard of the corpus is damaged or another corpus's"):
+        Corpus.open(folder)
+    counted = Corpus.open(folder, "count")
+    assert len(counted.lost) == 1 and f"{shard}: " in counted.lost[0]
+    # It could be read, but its films are not those of the index.
+    with pytest.raises(UserError, match="is in a shard that is lost"):
+        counted.source("validation")[0]
+    assert counted.source("test")[0]["id"] == "a3"
+    sizes: dict[str, Any] = {"batch_size": 1, "text_length": 64, "target_length": 32, "image_size": 64}
+    weights = [
+        next(eval_batches(counted, split, template="plain", selection="all", **sizes))["weight"].tolist()
+        for split in ("validation", "test")
+    ]
+    assert weights == [[0.0], [1.0]]
+
+
+def test_a_changed_byte_is_noticed_by_the_checksum(copied):
+    folder, shard, _ = copied
+    assert inspection.verify(Corpus.open(folder), progress=False) == []
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"IDAT") + 20] ^= 1
+    shard.write_bytes(data)
+    (sentence,) = inspection.verify(Corpus.open(folder), progress=False)  # opening does not read that far
+    assert (
+        sentence == f"{shard}: this shard of the corpus is damaged or another corpus's, copy or pack the corpus again."
+    )
+    shard.unlink()
+    (sentence,) = inspection.verify(Corpus.open(folder, "count"), progress=False)
+    assert sentence.startswith(f"{shard}: this shard of the corpus is missing")
+    # A list of shards that has been changed with them is not the one that corpus.json was written with.
+    known = json.loads((folder / "shards.json").read_text())
+    known[shard.name]["sha256"] = "0" * 64
+    (folder / "shards.json").write_text(json.dumps(known))
+    with pytest.raises(UserError, match=r"shards\.json: this list of shards is damaged or another corpus's"):
+        inspection.verify(Corpus.open(folder, "count"), progress=False)
+
+
+def test_the_command_that_verifies(corpora, copied):
+    folder, shard, other = copied
+    shutil.copyfile(other, shard)
+    status, said = run(f"--data={corpora[1]},{folder}", "--verify")
+    assert status == 1
+    first, second, third = said.splitlines()
+    assert re.fullmatch(rf"{corpora[1]}: 3 shards, 0\.00 GB, all as they were packed", first)
+    assert second.startswith(f"{shard}: this shard of the corpus is damaged or another corpus's")
+    assert third.startswith(f"{folder}: 3 shards") and third.endswith("1 of them not as they were packed")
+    assert run(f"--data={corpora[1]}", "--verify")[0] == 0
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
