@@ -29,25 +29,44 @@ def find(source: Path, *names: str) -> Path:
     )
 
 
+def text(path: Path) -> str:
+    """The contents of a text file in UTF-8, packed with gzip or not.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path}: damaged, or no table ({type(error).__name__}): download it again.") from error
+
+
 def read(path: Path, *columns: str) -> list[Row]:
     """The rows of a table, values stripped.
 
     Raises:
         UserError: the file cannot be read, is no table, or lacks a column.
     """
+    return [row for _, row in numbered(path, *columns)]
+
+
+def numbered(path: Path, *columns: str) -> list[tuple[int, Row]]:
+    """`read` with the number of the line on which each row ends, for errors to name."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # masks are longer than the default allows
+    reader = csv.DictReader(io.StringIO(text(path), newline=""))
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
         missing = sorted(set(columns) - set(reader.fieldnames or ()))
         if missing:
             raise UserError(f"{path}: no column {', '.join(missing)}: is it another table?")
         return [
-            {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)}
+            (
+                reader.line_num,
+                {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)},
+            )
             for row in reader
         ]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+    except csv.Error as error:
         raise UserError(f"{path}: damaged, or no table ({type(error).__name__}): download it again.") from error
 
 

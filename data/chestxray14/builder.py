@@ -56,7 +56,7 @@ class ChestXray14(records.SourceBuilder):
     def jobs(self) -> dict[str, list[records.Film]]:
         table, *lists = self.defining(self.source)[:3]
         rows = tables.read(table, "Image Index", "Finding Labels", "Patient ID", "Patient Age", "View Position")
-        listed = {name: split for split, path in zip(LISTS, lists, strict=True) for name in path.read_text().split()}
+        listed = {name: split for split, path in zip(LISTS, lists, strict=True) for name in tables.text(path).split()}
         places = {path.name: path for path in sorted(self.source.glob("images*/**/*.png"))}
         boxes = read_boxes(self.source / BOXES)
         training = {row["Patient ID"] for row in rows if listed.get(row["Image Index"]) == "train"}

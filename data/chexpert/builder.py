@@ -26,6 +26,7 @@ from data import records, tables
 from data.labels import CHEXPERT, chexpert_vector
 from data.reports import from_labels
 from rad_jax.chat.access import CREDENTIALED
+from rad_jax.errors import UserError
 
 _SPLITS = {"train": "train", "valid": "validation"}
 PLUS = "df_chexpert_plus_240401.csv"
@@ -50,8 +51,9 @@ class CheXpert(records.SourceBuilder):
 
     def _films(self, path: Path) -> list[records.Film]:
         films = []
-        for row in tables.read(path, "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT):
-            place = PurePosixPath(*PurePosixPath(row["Path"]).parts[1:])  # without CheXpert-v1.0
+        for line, row in tables.numbered(path, "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT):
+            _, _, inner = row["Path"].partition("/")  # without CheXpert-v1.0
+            place = place_of(inner, path, line)
             labels = chexpert_vector(row)
             text = from_labels.of_chexpert(labels)
             name = "-".join(place.with_suffix("").parts[1:])
@@ -96,12 +98,11 @@ class CheXpertPlus(records.SourceBuilder):
             "section_findings",
             "section_impression",
         )
-        rows = tables.read(
-            self.defining(self.source)[0], *columns, "section_clinical_history", "section_history", "split"
-        )
+        (table,) = self.defining(self.source)
+        rows = tables.numbered(table, *columns, "section_clinical_history", "section_history", "split")
         films: dict[str, list[records.Film]] = {split: [] for split in _SPLITS.values()}
-        for row in rows:
-            place = PurePosixPath(row["path_to_image"])
+        for line, row in rows:
+            place = place_of(row["path_to_image"], table, line)
             name = "-".join(place.with_suffix("").parts[1:])
             findings, impression, *reasons = (
                 " ".join(row[f"section_{part}"].split()) or None
@@ -131,3 +132,15 @@ class CheXpertPlus(records.SourceBuilder):
                 )
             )
         return {split: self.present(of_split) for split, of_split in films.items()}
+
+
+def place_of(cell: str, table: Path, line: int) -> PurePosixPath:
+    """Where a film lies, SPLIT/PATIENT/STUDY/FILM.
+
+    Raises:
+        UserError: the cell is not as published.
+    """
+    place = PurePosixPath(cell)
+    if len(place.parts) != 4:
+        raise UserError(f"{table}, line {line}: the path of a film is not as published: download it again.")
+    return place

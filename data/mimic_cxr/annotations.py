@@ -67,7 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))  # Python's reader takes NaN
     except OSError as error:
         raise UserError(f"{path}: no such file: it is part of the LLaVA-Rad MIMIC-CXR annotations.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or one that ends early: download it again.") from error
     if not isinstance(entries, list) or not all(isinstance(e, dict) and "conversations" in e for e in entries):
         raise UserError(f"{path}: not a list of annotations with conversations: is it another file?")

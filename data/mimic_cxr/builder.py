@@ -83,6 +83,9 @@ class MimicCxrReports(records.SourceBuilder):
         for row in split_of:
             patient, study, dicom = row["subject_id"], row["study_id"], row["dicom_id"]
             place = folder / f"p{patient[:2]}" / f"p{patient}"
+            if row["split"] not in _SPLITS:
+                self.skipped.append(records.Skip(dicom, f"{dicom}.jpg", "in no official split"))
+                continue
             if study not in read:
                 read[study] = self._report(place / f"s{study}.txt")
             report, texts = read[study]

@@ -37,25 +37,29 @@ class ObjectCxr(records.SourceBuilder):
     def jobs(self) -> dict[str, list[records.Film]]:
         films: dict[str, list[records.Film]] = {split: [] for split in records.SPLITS}
         for name, path in zip(_SPLITS, self.defining(self.source), strict=True):
-            films[_SPLITS[name]] = [film(row, self.source / name, path) for row in tables.read(path, "annotation")]
+            rows = tables.numbered(path, "annotation")
+            films[_SPLITS[name]] = [film(row, self.source / name, f"{path}, line {line}") for line, row in rows]
         held_out = splits.validation_of(film.patient for film in films["train"])
         films["validation"] = [film for film in films["train"] if film.patient in held_out]
         films["train"] = [film for film in films["train"] if film.patient not in held_out]
         return {split: self.present(of_split) for split, of_split in films.items()}
 
 
-def film(row: tables.Row, folder: Path, table: Path) -> records.Film:
-    """The film of a row.
+def film(row: tables.Row, folder: Path, where: str) -> records.Film:
+    """The film of a row; `where` that is, for errors to name.
 
     Raises:
         UserError: the annotation is not as published.
     """
     # The first column has had different names.
-    path = folder / Path(next(value for name, value in row.items() if name != "annotation")).name
+    image = next((value for name, value in row.items() if name != "annotation"), None)
+    if image is None:
+        raise UserError(f"{where}: no column with the film beside the annotation: download it again.")
+    path = folder / Path(image).name
     try:
         boxes = read_shapes(row["annotation"])
     except ValueError as error:
-        raise UserError(f"{table}: an annotation is not as published: download it again.") from error
+        raise UserError(f"{where}: an annotation is not as published: download it again.") from error
     name = f"{folder.name}-{path.stem}"
     text = from_labels.findings_of([OBJECT]) if boxes else from_labels.findings_of([], [OBJECT])
     return records.Film(

@@ -106,16 +106,20 @@ def read_report(path: Path) -> tuple[dict[str, str | None], list[str]]:
 
 
 def read_views(path: Path) -> dict[str, str]:
-    """Film -> frontal or lateral; empty without the file.
+    """Film -> frontal or lateral; empty without the file. A row that ends before its view says nothing of its film.
 
     Raises:
-        UserError: the file lacks a column.
+        UserError: the file is no CSV in UTF-8, or lacks a column.
     """
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"dicom_id", "ViewPosition"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path}: missing column {' and '.join(sorted(missing))}: add it, or remove the file.")
-        return {row["dicom_id"]: row["ViewPosition"].strip().lower() for row in reader}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = {"dicom_id", "ViewPosition"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{path}: missing column {' and '.join(sorted(missing))}: add it, or remove the file.")
+            views = {row["dicom_id"]: (row["ViewPosition"] or "").strip().lower() for row in reader}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV in UTF-8 ({error}): save it as one, or remove the file.") from error
+    return {name: view for name, view in views.items() if view}

@@ -103,10 +103,11 @@ def film(row: tables.Row, source: Path, found: list[str], texts: list[dict[str, 
 
 
 def read_labels(cell: str) -> list[str]:
-    """The labels of a cell, a Python list in which names may begin with a blank, be empty or come twice."""
+    """The labels of a cell, a Python list in which names may begin with a blank, be empty or come twice; none of any other cell."""
     try:
         listed = ast.literal_eval(cell) if cell else []
-    except (ValueError, SyntaxError):
+    # An expression may also nest too deep, or put a list where Python takes none.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return []
     names = [str(name).strip() for name in listed] if isinstance(listed, list) else []
     return list(dict.fromkeys(name for name in names if name))

@@ -18,6 +18,7 @@ from data.corpora import CORPORA, builder_class
 from data.dicom import read_header
 from data.labels import CHEXPERT
 from data.packing import Arguments, pack
+from data.padchest.builder import read_labels
 from data.reports.from_labels import findings_of, of_chexpert
 from data.splits import by_patient, validation_of
 from rad_jax.corpus import Corpus
@@ -82,6 +83,12 @@ def packed(dataset: str, source: Path, out: Path) -> tuple[dict[str, Any], dict[
     return manifest, rows
 
 
+def refused(dataset: str, source: Path, message: str) -> None:
+    builder = builder_class(dataset)(source=source, image_size=20, data_dir=source.parent / "refused")
+    with pytest.raises(UserError, match=message):
+        builder.jobs()
+
+
 def stated(row: dict[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in zip(CHEXPERT, row["labels"], strict=True) if value != -2}
 
@@ -144,6 +151,8 @@ def test_chestxray14(tmp_path):
     assert (
         '"finding": "Infiltration"' in first["annotations"] and '"box": [6.7, 2.7, 13.3, 8.0]' in first["annotations"]
     )
+    (source / "test_list.txt").write_bytes(b"00000005_000.png\n\xff\xfe\n")
+    refused("chestxray14", source, r"test_list\.txt: damaged, or no table \(UnicodeDecodeError\)")
 
 
 def chexpert_row(
@@ -186,6 +195,9 @@ def test_chexpert(tmp_path):
     assert films["patient00002-study3-view1_frontal"]["sex"] == ""
     assert selected(manifest, "frontal") == 3
     assert stated(films["patient64541-study1-view1_frontal"]) == dict.fromkeys(CHEXPERT, 0)
+    for path in ("train", "", "train/patient00001/view1_frontal.jpg"):
+        write_table(source / "train.csv", [rows[0], chexpert_row(path)])
+        refused("chexpert", source, r"train\.csv, line 3: the path of a film is not as published")
 
 
 def test_chexpert_plus(tmp_path):
@@ -218,6 +230,9 @@ def test_chexpert_plus(tmp_path):
     first = films["patient1-study1-view1_frontal"]
     assert (first["findings"], first["indication"], first["sex"], first["age"]) == ("Clear lungs.", "Cough", "M", 61)
     assert (selected(manifest, "all"), selected(manifest, "pairs")) == (2, 3)
+    # A report has lines of its own in the table: the first row takes two.
+    write_table(source / "df_chexpert_plus_240401.csv", [rows[0], rows[1], rows[1] | {"path_to_image": ""}])
+    refused("chexpert_plus", source, r"df_chexpert_plus_240401\.csv, line 5: the path of a film is not as published")
 
 
 def test_padchest(tmp_path):
@@ -255,6 +270,13 @@ def test_padchest(tmp_path):
     assert (films["1_a"]["age"], films["1_a"]["sex"], films["7_a"]["age"], films["7_a"]["sex"]) == (84, "F", -1, "")
     counts = {name: selected(manifest, name) for name in ("all", "frontal", "pairs", "spanish")}
     assert counts == {"all": 2, "frontal": 1, "pairs": 2, "spanish": 4}
+
+
+def test_padchest_labels_that_are_no_list():
+    nested = ("[" * 5000, "-" * 100_000 + "1", "[" * 150 + "]" * 150, "1+" * 20_000 + "1")
+    for cell in (*nested, "{[]: 1}", "{['edema']}", "['edema'", "__import__('os')", "'edema'", "nan"):
+        assert not any("edema" in name for name in read_labels(cell)), cell[:20]
+    assert read_labels("['edema', ' mass', '', 'edema']") == ["edema", "mass"]
 
 
 def test_brax(tmp_path):
@@ -363,9 +385,11 @@ def test_object_cxr(tmp_path):
     assert films["train-08002"]["findings"] == films["dev-08001"]["findings"] == "No foreign object."
     assert '"box": [2.0, 4.0, 10.0, 20.0]' in films["train-08001"]["annotations"]
     assert '"box": [4.0, 4.0, 8.0, 6.0]' in films["train-08001"]["annotations"]
-    write_table(source / "dev.csv", [{"image_path": "08001.jpg", "annotation": "0 3 6 15"}])
-    with pytest.raises(UserError, match=r"dev\.csv: an annotation is not as published"):
-        builder_class("object_cxr")(source=source, image_size=20, data_dir=tmp_path / "d").jobs()
+    good = {"image_path": "08001.jpg", "annotation": ""}
+    write_table(source / "dev.csv", [good, good | {"annotation": "0 3 6 15"}])
+    refused("object_cxr", source, r"dev\.csv, line 3: an annotation is not as published")
+    write_table(source / "dev.csv", [{"annotation": "0 3 6 15 30"}])
+    refused("object_cxr", source, r"dev\.csv, line 2: no column with the film beside the annotation")
 
 
 def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):

@@ -216,6 +216,8 @@ def test_a_wrong_folder_or_file_is_refused(miniature, tmp_path):
     refused("not a JSON file, or one that ends early")
     train.write_text('{"a": 1}')
     refused("not a list of annotations")
+    train.write_text("[" * 100_000)
+    refused(r"rulebased_v1\.json: not a JSON file")
     changes: list[dict] = [{"image": "mimic/p10.jpg"}, {"generate_method": "by hand"}, {"conversations": []}]
     for change in changes:
         train.write_text(json.dumps([entry(0), entry(1) | change]))
@@ -297,6 +299,18 @@ def test_raw_reports(reports, tmp_path):
     mended = {row["id"]: row for row in rows_of(Corpus.open(tmp_path / "d"), "train", "all")}
     assert mended[place(0)[2]]["indication"] == "Cough for three days."
     assert mended[place(0)[2]]["method"] == "rule-based-corrected"
+
+
+def test_a_film_in_no_official_split_is_left_out_and_counted(reports):
+    table = reports / "mimic-cxr-2.0.0-split.csv.gz"
+    rows = gzip.decompress(table.read_bytes()).decode().replace(",validate", ",dev")
+    table.write_bytes(gzip.compress(rows.encode()))
+    builder = MimicCxrReports(source=reports, image_size=16, data_dir=reports / "out")
+    jobs = builder.jobs()
+    assert {split: len(films) for split, films in jobs.items()} == {"train": 2, "validation": 0, "test": 1}
+    assert [(skip.id, skip.reason) for skip in builder.skipped if "split" in skip.reason] == [
+        (place(3)[2], "in no official split")
+    ]
 
 
 def test_tables_may_be_unpacked_and_are_checked(reports):

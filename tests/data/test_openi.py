@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.openi.builder import OpenI, read_report
+from data.openi.builder import OpenI, read_report, read_views
 from data.packing import Arguments, pack
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
@@ -108,6 +108,19 @@ def test_a_wrong_folder_is_refused(miniature, tmp_path):
     with pytest.raises(UserError, match=r"openi_image_views\.csv: missing column ViewPosition and dicom_id"):
         pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
     assert not (tmp_path / "c").exists()
+
+
+def test_views_that_cannot_be_read(miniature, tmp_path):
+    """What is no text is refused; a row that ends early, or has no view, leaves its film without one, and that is counted."""
+    path = miniature / "openi_image_views.csv"
+    path.write_bytes(b"dicom_id,ViewPosition\nCXR5_1_IM-0005-3001,\xe9\n")
+    with pytest.raises(UserError, match=r"openi_image_views\.csv: not a CSV in UTF-8 .*: save it as one"):
+        pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
+    path.write_text("dicom_id,ViewPosition\nCXR5_1_IM-0005-3001\nCXR5_1_IM-0005-4001,Frontal \nCXR6_1_IM-0006-3001,\n")
+    assert read_views(path) == {"CXR5_1_IM-0005-4001": "frontal"}
+    builder = OpenI(source=miniature, image_size=16, data_dir=tmp_path / "d")
+    builder.jobs()
+    assert builder.counts["films without a view"] == 16
 
 
 def test_another_view_file_is_another_corpus(miniature, tmp_path):
