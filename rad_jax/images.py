@@ -42,7 +42,7 @@ def load_grey(path: str | os.PathLike[str], dicom: str = "window") -> np.ndarray
 
     PNG and JPEG of 8 bits are taken as they are (colour becomes luma); deeper ones are spread from their darkest to
     their brightest value over 0..255. DICOM passes its modality LUT or rescale, then its VOI LUT or first window;
-    MONOCHROME1 is inverted, so that bone is bright.
+    MONOCHROME1 is inverted, so that bone is bright. What its header calls padding counts for nothing in all this, and is black.
 
     Args:
         path: a PNG, JPEG or DICOM file; DICOM may lack its preamble.
@@ -66,7 +66,7 @@ def read_grey(data: bytes, name: str, dicom: str = "window") -> np.ndarray:
 def read_deep(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     """A film with all its shades, for a viewer with a window of its own.
 
-    DICOM passes its modality LUT or rescale and no window, MONOCHROME1 is inverted; PNG and JPEG are taken as they are.
+    DICOM passes its modality LUT or rescale and no window, MONOCHROME1 is inverted, padding is black; PNG and JPEG are taken as they are.
 
     Args:
         data: contents of a PNG, JPEG or DICOM file.
@@ -306,9 +306,9 @@ def _decode_dicom(data: bytes, name: str, style: str) -> np.ndarray:
     with _parsed(data, name) as dataset:
         from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-        stored = _stored_values(dataset)
+        stored, padding = _without_padding(_stored_values(dataset), dataset)
         if style == "mimic_cxr_jpg":
-            return _mimic_cxr_jpg(stored, dataset.PhotometricInterpretation == "MONOCHROME1")
+            return _mimic_cxr_jpg(stored, padding, dataset.PhotometricInterpretation == "MONOCHROME1")
         values = apply_modality_lut(stored, dataset)
         if dataset.get("VOILUTSequence"):
             entries, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
@@ -319,7 +319,8 @@ def _decode_dicom(data: bytes, name: str, style: str) -> np.ndarray:
             grey = _scale(apply_windowing(values, dataset), black, white)
         else:
             grey = values if values.dtype == np.uint8 else _spread(values)
-        return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+        grey = 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+        return _black(grey, padding)
 
 
 def _deep_dicom(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
@@ -327,7 +328,8 @@ def _deep_dicom(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     with _parsed(data, name) as dataset:
         from pydicom.pixels import apply_modality_lut
 
-        values = apply_modality_lut(_stored_values(dataset), dataset)
+        stored, padding = _without_padding(_stored_values(dataset), dataset)
+        values = apply_modality_lut(stored, dataset)
         low, high = float(values.min()), float(values.max())
         ends = [0.0, float(_DEEP)]
         if _has_window(dataset) and high > low:
@@ -336,8 +338,8 @@ def _deep_dicom(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
         black, white = (round(min(max(end, 0.0), _DEEP)) for end in ends)
         deep = _scale(values, low, high, _DEEP)
         if dataset.PhotometricInterpretation == "MONOCHROME1":
-            return _DEEP - deep, (_DEEP - white, _DEEP - black)
-        return deep, (black, white)
+            deep, black, white = _DEEP - deep, _DEEP - white, _DEEP - black
+        return _black(deep, padding), (black, white)
 
 
 @contextlib.contextmanager
@@ -369,11 +371,45 @@ def _first_number(value: Any) -> float:
     return float(value if isinstance(value, (str, float, int)) else value[0])
 
 
-def _mimic_cxr_jpg(stored: np.ndarray, inverted: bool) -> np.ndarray:
-    """What MIMIC-CXR-JPG does with stored values [Y, X], up to its JPEG."""
+def _without_padding(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Stored values [Y, X] with the film's smallest where they are padding, and where that is: bool [Y, X], or None without any.
+
+    Pixel Padding Value and Range Limit (DICOM PS3.3 C.7.5.1.1.2) are stored values, before any LUT. A range that leaves nothing of the
+    film is taken for a mistake.
+    """
+    ends = [_padding_end(dataset, key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    known = [end for end in ends if end is not None]
+    if ends[0] is None:
+        return stored, None
+    padding = (stored >= min(known)) & (stored <= max(known))
+    if not padding.any() or padding.all():
+        return stored, None
+    return np.where(padding, stored[~padding].min(), stored), padding
+
+
+def _black(grey: np.ndarray, padding: np.ndarray | None) -> np.ndarray:
+    """The same values with padding black."""
+    return grey if padding is None else np.where(padding, grey.dtype.type(0), grey)
+
+
+def _padding_end(dataset: Any, key: str) -> int | None:
+    """An end of the range of padding, with the sign of the pixels; some files have it without its sign."""
+    value = dataset.get(key)
+    if not isinstance(value, int):
+        return None
+    signed = dataset.get("PixelRepresentation") == 1
+    return (value + 2**15) % 2**16 - 2**15 if signed else value % 2**16
+
+
+def _mimic_cxr_jpg(stored: np.ndarray, padding: np.ndarray | None, inverted: bool) -> np.ndarray:
+    """What MIMIC-CXR-JPG does with stored values [Y, X], up to its JPEG; `padding` as of `_without_padding`.
+
+    Equalising leaves out how often the darkest value is there, and so the padding too.
+    """
     shifted = stored.astype(np.float64) - stored.min()
     grey = (shifted / max(shifted.max(), 1) * 255).astype(np.uint8)
-    return equalise(255 - grey if inverted else grey)
+    grey = 255 - grey if inverted else grey
+    return equalise(_black(grey, padding))
 
 
 def _check_dicom(dataset: Any, name: str) -> None:

@@ -281,7 +281,10 @@ def small_dicom(**changes):
     dataset.PhotometricInterpretation = "MONOCHROME2"
     dataset.PixelData = np.arange(-600, 600, 100, dtype=np.int16).tobytes()
     for key, value in changes.items():
-        setattr(dataset, key, value)
+        if isinstance(value, pydicom.DataElement):
+            dataset.add(value)
+        else:
+            setattr(dataset, key, value)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -308,6 +311,48 @@ def test_dicom_in_the_style_of_mimic_cxr_jpg(tmp_path):
     np.testing.assert_array_equal(images.load_grey(path, "mimic_cxr_jpg").ravel(), even[::-1])
     small, shape = images.load_short(path, 2, "mimic_cxr_jpg")
     assert shape == (4, 3) and small.shape == (2, 2)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    "tags",
+    [{}, {"WindowCenter": "0.5", "WindowWidth": "401"}, {"RescaleSlope": "-2", "RescaleIntercept": "100"}],
+    ids=["spread", "window", "rescale"],
+)
+def test_padding_counts_for_nothing_and_is_black(photometric, tags):
+    """Signed pixels with a border of -2000: the film within is as it is without one, whichever way it is read."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
+    tags = {"PhotometricInterpretation": photometric, **tags}
+    film = np.arange(-600, 600, 40, dtype=np.int16).reshape(6, 5)
+    alone = small_dicom(Rows=6, Columns=5, PixelData=film.tobytes(), **tags)
+    border = np.ones((8, 7), bool)
+    border[1:-1, 1:-1] = False
+    even = np.pad(film, 1, constant_values=-2000)
+    uneven = even.copy()
+    uneven[0] = -1990
+    unsigned = pydicom.DataElement("PixelPaddingValue", "US", 2**16 - 2000)  # some files have it so
+    ways: list[tuple[np.ndarray, dict[str, Any]]] = [
+        (even, {"PixelPaddingValue": -2000}),
+        (even, {"PixelPaddingValue": unsigned}),
+        (uneven, {"PixelPaddingValue": -1990, "PixelPaddingRangeLimit": -2000}),
+    ]
+    for pixels, padding in ways:
+        data = small_dicom(Rows=8, Columns=7, PixelData=pixels.tobytes(), **tags, **padding)
+        for style in images.DICOM_STYLES:
+            grey = images.read_grey(data, "film", style)
+            np.testing.assert_array_equal(grey[1:-1, 1:-1], images.read_grey(alone, "film", style))
+            assert not grey[border].any() and grey.dtype == np.uint8
+        deep, window = images.read_deep(data, "film")
+        wanted, ends = images.read_deep(alone, "film")
+        np.testing.assert_array_equal(deep[1:-1, 1:-1], wanted)
+        assert window == ends and not deep[border].any() and deep.dtype == np.uint16
+    # Without the header's word the border is film, and takes most of the greys; a range that covers all of the film is a mistake.
+    spread = np.ptp(images.read_grey(alone, "film").astype(int))
+    plain = small_dicom(Rows=8, Columns=7, PixelData=even.tobytes(), **tags)
+    wide = {"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": 600}
+    wrong = small_dicom(Rows=8, Columns=7, PixelData=even.tobytes(), **tags, **wide)
+    np.testing.assert_array_equal(images.read_grey(wrong, "film"), images.read_grey(plain, "film"))
+    assert "WindowWidth" in tags or np.ptp(images.read_grey(plain, "film")[1:-1, 1:-1].astype(int)) < spread / 2
 
 
 def test_dicom_rescale_window_and_refusals(tmp_path):
