@@ -34,7 +34,7 @@ import rad_jax
 from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder
 from data.selections import count_duplicates, write_indices
-from data.shards import Stopped, sha256
+from data.shards import Skip, Stopped, sha256
 from rad_jax import prompts
 from rad_jax.corpus import SHARDS, fingerprint_of, known_by
 from rad_jax.errors import UserError, check_format
@@ -348,5 +348,5 @@ def _sha256(path: Path) -> str:
 def _write_skipped(builder: CorpusBuilder, folder: Path) -> None:
     with (folder / "skipped.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "image", "reason"])
-        writer.writerows((skip.id, skip.image, skip.reason) for skip in builder.skipped)
+        writer.writerow(field.name for field in dataclasses.fields(Skip))
+        writer.writerows(dataclasses.astuple(skip) for skip in builder.skipped)

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -155,8 +156,8 @@ def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] |
         film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
     try:
         small, shape = images.load_short(film.path, size, dicom_style)
-    except UserError:
-        return Skip(film.id, film.path.name, "unreadable image")
+    except UserError as error:
+        return Skip(film.id, film.path.name, "unreadable image", said(error, film.path))
     scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
     boxed = [
         {**a, "box": [round(v * s, 1) for v, s in zip(a["box"], scale, strict=True)]} if a.get("box") else {**a}
@@ -165,6 +166,11 @@ def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] |
     names = {field.name for field in dataclasses.fields(film)} - {"path", "report"}
     known = {name: getattr(film, name) for name in names}
     return record(image=small, shape=shape, **known | {"annotations": boxed})
+
+
+def said(error: Exception, path: Path) -> str:
+    """The sentence of an error over a file, without the file's place, and without places in memory, which no two runs have alike."""
+    return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error).removeprefix(f"{path}: "))
 
 
 class CorpusBuilder(tfds.core.ShardBasedBuilder):

@@ -40,11 +40,16 @@ class Stopped(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """An input that became no record, and why; `reason` is one of few phrases, so that it can be counted."""
+    """An input that became no record, and why.
+
+    `reason` is one of few phrases, so that it can be counted; `detail` is what the reader or decoder said, if any did: no place, which
+    another machine would not have, and nothing of a report.
+    """
 
     id: str
     image: str
     reason: str
+    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,13 +146,14 @@ def tables(facts: Any, text_length: int) -> list[dict[str, Any]]:
     rows = [[name, *(of["splits"][split]["rows"] for split in splits)] for name, of in selections.items()]
     long = [[split, len(of), int((of > text_length).sum())] for split, of in facts.tokens.items()]
     reasons = Counter(row["reason"] for row in facts.skipped).most_common()
-    first = [[row["id"], Path(row["image"]).name, row["reason"]] for row in facts.skipped[:20]]
+    # Corpora of earlier builds have no details.
+    first = [[row["id"], Path(row["image"]).name, row["reason"], row.get("detail", "")] for row in facts.skipped[:20]]
     found = [
         {"title": "Labels", "columns": ["label", *STATES.values()], "rows": [row for row in labels if any(row[1:])]},
         {"title": "Selections, rows of an epoch", "columns": ["selection", *splits], "rows": rows},
         {"title": f"Findings of more than {text_length} tokens", "columns": ["split", "findings", "too long"], "rows": long},
         {"title": "Left out, by reason", "columns": ["reason", "inputs"], "rows": [list(row) for row in reasons]},
-        {"title": "Left out, the first", "columns": ["id", "image", "reason"], "rows": first},
+        {"title": "Left out, the first", "columns": ["id", "image", "reason", "detail"], "rows": first},
     ]  # fmt: skip
     titles = {
         "view": "Views",

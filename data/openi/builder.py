@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 from data import records, splits
 from rad_jax.chat.access import PUBLIC
@@ -62,8 +63,8 @@ class OpenI(records.SourceBuilder):
         self.counts["reports"] += 1
         try:
             words, ids = read_report(path)
-        except (ElementTree.ParseError, LookupError, ValueError):  # the last two over an encoding that is none
-            self.skipped.append(records.Skip(path.stem, "", "damaged report"))
+        except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two over an encoding that is none
+            self.skipped.append(records.Skip(path.stem, "", "damaged report", damage(error)))
             return []
         for name in ("findings", "impression"):
             self.counts[f"reports with {name}"] += words[name] is not None
@@ -103,6 +104,14 @@ def read_report(path: Path) -> tuple[dict[str, str | None], list[str]]:
         sections.get("FINDINGS"), impression=sections.get("IMPRESSION"), indication=sections.get("INDICATION")
     )
     return words, [name for image in root.iter("parentImage") if (name := image.get("id"))]
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a report, of the errors of `read_report`; of an entity not even the name, which is part of the text."""
+    if isinstance(error, ElementTree.ParseError):
+        line, column = error.position
+        return f"{expat.ErrorString(error.code)}: line {line}, column {column}"
+    return str(error)
 
 
 def read_views(path: Path) -> dict[str, str]:

@@ -81,6 +81,9 @@ def test_a_miniature(miniature, tmp_path):
         "damaged report": 1,
         "missing image": 1,
     }
+    with (tmp_path / "c/skipped.csv").open(newline="") as file:
+        details = {row["id"]: row["detail"] for row in csv.DictReader(file) if row["reason"] == "damaged report"}
+    assert details == {"4": "unclosed token: line 1, column 11"}
     assert manifest["summary"]["written"] == 16
     rows = {
         name: sum(index["rows"] for index in selection["splits"].values())
@@ -108,6 +111,21 @@ def test_a_wrong_folder_is_refused(miniature, tmp_path):
     with pytest.raises(UserError, match=r"openi_image_views\.csv: missing column ViewPosition and dicom_id"):
         pack(arguments(miniature), tmp_path / "c", workers=1, progress=False)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<eCitation>Cough&Fever;</eCitation>", "undefined entity: line 1, column 16"),
+        ('<?xml version="1.0" encoding="utf-99"?><eCitation/>', "unknown encoding: utf-99"),
+        ("<eCitation>Cough</eCited>", "mismatched tag: line 1, column 18"),
+    ],
+)
+def test_damage_is_told_without_the_text(text, said, miniature, tmp_path):
+    (miniature / "ecgen-radiology/4.xml").write_text(text)
+    builder = OpenI(source=miniature, image_size=16, data_dir=tmp_path)
+    builder.jobs()
+    assert [skip.detail for skip in builder.skipped if skip.reason == "damaged report"] == [said]
 
 
 def test_views_that_cannot_be_read(miniature, tmp_path):

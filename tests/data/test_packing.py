@@ -69,7 +69,7 @@ def test_what_a_corpus_holds(corpus):
         "views": {"PA": 14, "AP": 6},
     }
     manifest["summary"]["bytes"] = size
-    assert (out / "skipped.csv").read_text().strip() == "id,image,reason"
+    assert (out / "skipped.csv").read_text().strip() == "id,image,reason,detail"
     tokenizer = prompts.load_tokenizer(out / manifest["tokenizer"])
     assert tokenizer.vocab_size <= 512
 
