@@ -44,6 +44,7 @@ see --source and --out under the same paths, and have this checkout on its path.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -116,9 +117,8 @@ def main(argv: Sequence[str]) -> None:
     print("  views: " + ", ".join(f"{count} {view}" for view, count in summary["views"].items()))
     for name, count in summary["counts"].items():
         print(f"  {name}: {count}")
-    if summary["written"]:
-        size = summary["bytes"] / summary["written"]
-        print(f"  {size / 1e3:.1f} kB for each film; 697,000 films would take {697_000 * size / 1e9:.0f} GB")
+    for line in sizes(manifest):
+        print(f"  {line}")
     for name, what in (("duplicate_images", "equal images"), ("near_duplicates", "images that look alike")):
         if copies := {where: count for where, count in summary[name].items() if count}:
             print(f"  {what} " + ", ".join(f"{where}: {count}" for where, count in copies.items()))
@@ -131,6 +131,26 @@ def main(argv: Sequence[str]) -> None:
                 else f"warning: {found['published']} are published, so this is not the whole corpus"
             )
             print(f"  {name}, {split}: {found['rows']} rows, {told}")
+
+
+def sizes(manifest: dict[str, Any]) -> list[str]:
+    """What a film takes on disk, and a pair: a film may have several texts, so a selection may have more pairs than there are films."""
+    found, size = [], manifest["summary"]["bytes"]
+    if films := manifest["summary"]["written"]:
+        each = size / films
+        found.append(f"{each / 1e3:.1f} kB for each film; 697,000 films would take {697_000 * each / 1e9:.0f} GB")
+    rows = {
+        name: sum(index["rows"] for index in selection["splits"].values())
+        for name, selection in manifest["selections"].items()
+    }
+    name = max(rows, key=lambda name: rows[name])
+    if rows[name]:
+        each = size / rows[name]
+        found.append(
+            f"{each:,.0f} bytes for each of the {rows[name]:,} pairs of the largest selection, {name}; "
+            f"697,000 such pairs would take {697_000 * each / 1e9:.0f} GB"
+        )
+    return found
 
 
 def pack_mixture(out: Path) -> None:

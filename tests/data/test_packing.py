@@ -211,6 +211,11 @@ def test_the_command(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "read 10, written 10 (8 train, 1 validation, 1 test), skipped 0" in first.stdout
     assert "packing: 100%" in first.stderr and "phantom-4-" not in first.stdout + first.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "c/phantom/1.0.0").iterdir())
+    lines = first.stdout.splitlines()
+    assert f"  {size / 1e4:.1f} kB for each film; 697,000 films would take {697e3 * size / 1e10:.0f} GB" in lines
+    pairs = f"  {size / 10:,.0f} bytes for each of the 10 pairs of the largest selection, all"
+    assert f"{pairs}; 697,000 such pairs would take {697e3 * size / 1e10:.0f} GB" in lines
     again = run(*flags, PHANTOM_SEED="4")
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = run(*flags, PHANTOM_SEED="5")
