@@ -3,6 +3,7 @@
 import csv
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,10 @@ def test_a_miniature(miniature, tmp_path):
             assert row["indication"] == ("Cough < 3 days" if uid % 2 else "")
             assert (row["orig_height"], row["orig_width"]) == (40, 30)
             assert row["view"] == "" if uid > 10 else row["view"] in ("FRONTAL", "LATERAL")
-    patients = [{r["patient"] for r in map(corpus.source(s, "pairs").__getitem__, range(1))} for s in corpus.splits]
-    assert len(set.union(*patients)) == 3
+    sources = [corpus.source(split, "pairs") for split in corpus.splits]
+    patients = [{source[number]["patient"] for number in range(len(source))} for source in sources]
+    assert set.union(*patients) == {"3", *map(str, range(5, 13))}
+    assert sum(map(len, patients)) == 9  # none of them in two splits
 
 
 def test_a_wrong_folder_is_refused(miniature, tmp_path):
@@ -165,9 +168,13 @@ def test_the_real_collection(real, tmp_path):
     assert builder.counts["films without a view"] == 0
     films = [film for of_split in jobs.values() for film in of_split]
     assert len(films) == 8
-    reasons = [skip.reason for skip in builder.skipped]
-    assert reasons.count("report without film") == 104
-    assert len(films) + len(reasons) == 7470 + 104
+    # The collection has 7,470 films and 104 reports without one; every one of both is accounted for.
+    assert Counter(skip.reason for skip in builder.skipped) == {
+        "report without film": 104,
+        "neither findings nor impression": 40,
+        "missing image": 7470 - 40 - 8,
+    }
+    assert len({skip.id for skip in builder.skipped} | {film.id for film in films}) == 7470 + 104
     words, ids = read_report(source / "ecgen-radiology" / "1.xml")
     assert ids == ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"]
     assert words["impression"] == "Normal chest x-XXXX."

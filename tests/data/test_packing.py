@@ -194,6 +194,39 @@ def test_a_killed_pack_leaves_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 
+def test_the_same_command_goes_on_after_a_kill(tmp_path):
+    """What was finished when the process was killed is never made again, and the corpus is as if nothing had happened."""
+    out = tmp_path / "corpus"
+    arguments = dataclasses.replace(SMALL, studies=300, image_size=64)
+    flags = ["--dataset=phantom", "--image_size=64", "--studies=300", "--vocab_size=512", f"--out={out}", "--workers=1"]
+    process = subprocess.Popen([sys.executable, "-m", "launch.pack", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    shards_of = tmp_path / ".corpus.packing" / "shards"
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(shards_of.glob("*.json"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    # A shard keeps its file when it gets its final name, so that the file's number and time tell whether it was written again.
+    kept = [receipt.with_suffix(".array_record").stat() for receipt in shards_of.glob("*.json")]
+    again = run(*flags)
+    assert again.returncode == 0, again.stderr
+    found = [path.stat() for path in out.glob("phantom/1.0.0/*.array_record*")]
+    assert 2 <= len(kept) < len(found)
+    assert {(of.st_ino, of.st_mtime_ns) for of in kept} <= {(of.st_ino, of.st_mtime_ns) for of in found}
+    whole, _ = pack(arguments, tmp_path / "whole", workers=1, progress=False)
+    assert json.loads((out / "corpus.json").read_text()) == whole
+    names = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(
+        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()
+    )
+    assert [name for name in names if (out / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     def full(self, **kwargs):
         raise RuntimeError("Failed to finalize: write() failed: No space left on device; writing x")
