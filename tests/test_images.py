@@ -245,6 +245,58 @@ def test_dicom_files_decode_to_the_golden_values(golden):
     assert (trend < -0.9) if golden["photometric"] == "MONOCHROME1" else (trend > 0.9)
 
 
+def table_of(item: Any) -> tuple[np.ndarray, int]:
+    """The table of a LUT and the first value it is for."""
+    entries, first, _ = item.LUTDescriptor
+    data = item["LUTData"].value
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.array(data, np.uint16)
+    assert len(table) == entries
+    return table.astype(int), first
+
+
+def shown_by_table(stored: np.ndarray, item: Any, kind: str, photometric: str) -> np.ndarray:
+    """What a film with one LUT shows, by indexing alone (PS3.3 C.11.1.1 and C.11.2.1.1): values beyond the table take its ends.
+
+    A VOI LUT's own range becomes black to white; a modality LUT leaves that open, and the film's darkest to brightest value is spread.
+    """
+    table, first = table_of(item)
+    values = table[np.clip(stored.astype(int) - first, 0, len(table) - 1)]
+    ends = table if kind == "VOILUTSequence" else values
+    grey = np.rint((values - ends.min()) / (ends.max() - ends.min()) * 255).astype(np.uint8)
+    return 255 - grey if photometric == "MONOCHROME1" else grey
+
+
+@needs_real
+@pytest.mark.parametrize("bent", [False, True], ids=["as it is", "bent"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mlut_18.dcm", "ModalityLUTSequence"),
+        ("CR-ModalitySequenceLUT.dcm", "ModalityLUTSequence"),
+        ("vlut_04.dcm", "VOILUTSequence"),
+    ],
+)
+def test_a_film_with_a_table_shows_what_the_table_says(name, kind, bent, tmp_path):
+    """All three tables are straight lines; bent, one is its middle half squared, so that most values are beyond its ends or off the line."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
+    dataset = pydicom.dcmread(DICOM / name)
+    item = dataset[kind].value[0]
+    if bent:
+        table, first = table_of(item)
+        part = slice(len(table) // 4, 3 * len(table) // 4)
+        item.LUTDescriptor = [len(table) // 2, first + part.start, 16]
+        squared = (table[part] ** 2 // table.max()).astype("<u2")
+        item["LUTData"] = pydicom.DataElement("LUTData", "OW", squared.tobytes())
+    path = tmp_path / name
+    dataset.save_as(path)
+    stored = pydicom.dcmread(path).pixel_array
+    shown = images.load_grey(path)
+    np.testing.assert_array_equal(shown, shown_by_table(stored, item, kind, dataset.PhotometricInterpretation))
+    assert (shown.min(), shown.max()) == (0, 255)
+    straight = images.load_grey(DICOM / name)
+    assert (shown != straight).any() == bent
+
+
 @needs_real
 def test_chest_films_show_lung_dark_and_spine_bright():
     pytest.importorskip("pydicom", reason="pydicom is in the packing extra")
