@@ -77,7 +77,8 @@ def parse(reply: str) -> Verdict:
     value = schema.read(reply, SCHEMA)
     return Verdict(
         [Matched(item["severity"], item["errors"]) for item in value["matched"]],
-        *([item["severity"] for item in value[name]] for name in LISTS[1:]),
+        [item["severity"] for item in value["missed"]],
+        [item["severity"] for item in value["invented"]],
         evidence=[{"of": name, **item} for name in LISTS for item in value[name]],
     )
 

@@ -110,7 +110,7 @@ def test_by_command(training, chain, tmp_path):
     for row in rows:
         assert f"{row['metric']} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] at step {row['step']}" in told
     best = checkpoint.read_best(run)
-    assert f"at step {best['step']}" in command("status", run).stdout
+    assert best is not None and f"at step {best['step']}" in command("status", run).stdout
     out = tmp_path / "best.jsonl"
     wanted = f"--data={training.corpus}", "--split=train", "--limit=3", "--max_new_tokens=6", f"--out={out}"
     command("generate", f"--checkpoint={run}@best", *wanted)

@@ -219,7 +219,7 @@ class Blank:
 
 
 def test_bad_rows_are_counted_listed_and_end_a_run_that_may_have_none(training, tmp_path, monkeypatch):
-    batches, made = type(training).batches, []
+    batches, made = type(training).batches, list[Blank]()
 
     def blank(self, config):
         made.append(Blank(batches(self, config)))

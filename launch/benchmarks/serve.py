@@ -98,13 +98,13 @@ def ours(problem: Problem, threads: int) -> Callable[[int], Written]:
     import torch
 
     from rad_jax.serving import loading
-    from rad_jax.serving.engine import Piece, Request, Told
+    from rad_jax.serving.engine import Broken, Piece, Request, Told
 
     torch.set_num_threads(threads)
     engine = loading.load(problem.bundle, device="cpu", say=lambda _: None)
 
     def write(count: int) -> Written:
-        began, ended = time.perf_counter(), queue.SimpleQueue[Told]()
+        began, ended = time.perf_counter(), queue.SimpleQueue[Broken | None]()
         written: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
 
         def tell(place: int, found: Told) -> None:

@@ -181,7 +181,8 @@ class Paced:
         for piece in stream:
             while not self._pieces.acquire(timeout=0.05):
                 if stream.finish_reason == "cancelled":
-                    return tell(None)
+                    tell(None)
+                    return
             tell(piece)
         tell(None)
 
