@@ -76,7 +76,7 @@ def stage3(full: bool) -> ml_collections.ConfigDict:
     """Projector and LoRA."""
     data = {"template": "v1", "text_length": 112, "target_length": 56}
     model = {"vision": FEATURES, "llm": LLM, "lora": LORA, "projector": "mlp2x_gelu"}
-    steps = 3500 if full else 850
+    steps = 3500 if full else 1250
     trainable = ("params/projector/.*", "lora/.*")
     config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=16)
     config.optimizer.update(peak_lr=5e-3, clip=1.0)

@@ -16,7 +16,7 @@ ARMS = {
     # Stage 2 again, in the words and for the steps of stage 3.
     "projector alone": {
         "configs": {"stage3": "configs/phantom.py:stage2"},
-        "stage3": ("--config.data.template=v1", "--config.data.text_length=112", "--config.steps=850"),
+        "stage3": ("--config.data.template=v1", "--config.data.text_length=112", "--config.steps=1250"),
     },
     "projector of one matrix": dict.fromkeys(("stage2", "stage3"), ("--config.model.projector=linear",)),
     "every weight of the language model": {
