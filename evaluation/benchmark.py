@@ -141,6 +141,13 @@ def _rank(pairs: int, width: int) -> tuple[float, int]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+SUITES: dict[str, tuple[Callable[[], list[dict[str, Any]]], ...]] = {
+    "intervals": (bootstrap,),
+    "labels": (labels_per_second,),
+    "evaluation": (bootstrap, labels_per_second, whole_panel, large_pool),
+}
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows for people."""
     print(f"{'':30}{'ours':>11}{'peer':>12}{'ratio':>9}")

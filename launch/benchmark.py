@@ -89,9 +89,7 @@ def main(_: Sequence[str]) -> None:
     elif _SUITE.value in ("intervals", "labels", "evaluation"):
         from evaluation import benchmark
 
-        parts = {"intervals": [benchmark.bootstrap], "labels": [benchmark.labels_per_second]}
-        parts["evaluation"] = [*parts["intervals"], *parts["labels"], benchmark.whole_panel, benchmark.large_pool]
-        rows = [row for part in parts[_SUITE.value] for row in part()]
+        rows = [row for part in benchmark.SUITES[_SUITE.value] for row in part()]
         benchmark.table(rows)
     else:
         rows = llava.run(_SUITE.value, _ROUNDS.value, _THREADS.value)

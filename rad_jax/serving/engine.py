@@ -339,7 +339,8 @@ class Engine:
         broken = [*self._rows, *(row for row in new if row not in self._rows)]
         self._rows.clear()
         for row in broken:
-            row.stream.tell(Broken(f"the engine failed on this request ({type(error).__name__})"))
+            told = Broken(f"the engine failed on this request ({type(error).__name__})")
+            row.stream.tell(told.with_traceback(error.__traceback__))  # for the log, which says where
 
 
 def check(request: Request) -> None:

@@ -122,7 +122,14 @@ def test_comparing_with_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         files.append(folder.parent / f"{system}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     unset = dict.fromkeys(("labels", "radgraph", "data"))
-    given = {"fail_if": ["bertscore < -1pp"], "profile": "native", "judged": [], "trials": 100, "weights": str(folder)}
+    given = {
+        "fail_if": ["bertscore < -1pp"],
+        "profile": "native",
+        "judged": [],
+        "trials": 100,
+        "weights": str(folder),
+        "labels_by": "chexbert",
+    }
     monkeypatch.setattr(compare.flags, "FLAGS", SimpleNamespace(**unset, **given, out=str(folder.parent)))
     assert compare.main(["compare", *map(str, files)]) == 1
     found = {row["metric"]: row for row in json.loads((folder.parent / "comparisons.json").read_text())["comparisons"]}
