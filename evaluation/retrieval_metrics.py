@@ -20,7 +20,7 @@ Json = dict[str, Any]
 DIRECTIONS = ("image_to_text", "text_to_image")
 AT = (1, 5, 10)
 _TIE = 1e-6  # cosines closer than this are equal: identical texts need not give bit-identical products
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)
