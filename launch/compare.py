@@ -91,18 +91,8 @@ def main(argv: Sequence[str]) -> int:
 
 def define_flags() -> None:
     """Only when run as a program, so that several commands can be imported side by side."""
+    evaluate.define_score_flags()
     flags.DEFINE_string("out", None, "Folder for comparisons.json.")
-    flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
-    flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
-    flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
-    flags.DEFINE_string(
-        "labels_by",
-        "chexbert",
-        "Which labeler made the files of --labels: the name of its scores, as in chexbert_micro_14.",
-    )
-    flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
-    flags.DEFINE_list("judged", [], "Score files of launch.judge.")
-    flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
     flags.DEFINE_multi_string("fail_if", [], "Condition on a difference that fails the command; may be repeated.")
     flags.DEFINE_integer("trials", 10_000, "Random swaps of the test.", lower_bound=100)
 

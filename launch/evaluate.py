@@ -203,16 +203,10 @@ def print_result(result: Any) -> None:
             print("\n" + tables.markdown_table(table))
 
 
-def define_flags() -> None:
-    """Only when run as a program, so that several commands can be imported side by side."""
-    flags.DEFINE_string("out", None, "Folder for the results.")
+def define_score_flags() -> None:
+    """What decides which scores there are; launch.compare has these too."""
     flags.DEFINE_string("data", None, "Packed corpus of the predictions: patients and, for the phantom, truth.")
-    flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
-    )
     flags.DEFINE_string("profile", "native", f"Comma-separated: {', '.join(profiles.PROFILES)}.")
-    flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
-    flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("labels", None, "Label files: the references', then one per predictions file, comma-separated.")
     flags.DEFINE_string(
         "labels_by",
@@ -222,6 +216,17 @@ def define_flags() -> None:
     flags.DEFINE_string("radgraph", None, "RadGraph annotations as JSON by id, in the same order as --labels.")
     flags.DEFINE_list("judged", [], "Score files of launch.judge.")
     flags.DEFINE_string("weights", None, "Folder of weights for CheXbert, RadGraph, BERTScore, SembScore and RadCliQ.")
+
+
+def define_flags() -> None:
+    """Only when run as a program, so that several commands can be imported side by side."""
+    define_score_flags()
+    flags.DEFINE_string("out", None, "Folder for the results.")
+    flags.DEFINE_boolean(
+        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
+    )
+    flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
+    flags.DEFINE_list("require", [], "Metrics without which the command fails.")
     flags.DEFINE_string("idf", None, "Reports (id, findings) whose word frequencies weigh BERTScore.")
     flags.DEFINE_string(
         "groups", None, "CSV with id and columns such as view, sex, age, or 'corpus': scores per group."

@@ -37,7 +37,7 @@ def test_phantom_reaches_its_floors(tmp_path):
     assert summary["noise_macro_f1"] < summary["findings_macro_f1"] / 2
     assert summary["shuffled_macro_f1"] < summary["findings_macro_f1"] / 2
     # The long demo reaches three times chance; so short a one does not always.
-    assert summary["pointing_accuracy"] > 1.5 * summary["pointing_chance"]
+    assert summary["pointing_accuracy"] > 2 * summary["pointing_chance"]
     assert summary["export_text_equal"] is True
     assert summary["export_max_abs_logit_diff"] < 1e-3
     assert (out / "index.html").stat().st_size > 100_000
