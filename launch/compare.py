@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from evaluation import judging, labels, profiles, radgraph, report, scoring, tables
+from evaluation import judging, labels, radgraph, report, scoring, tables
 from evaluation.metric import Metric
 from evaluation.scoring import Gate
 from launch import evaluate
