@@ -20,7 +20,8 @@ from rad_jax.serving.graphs import Graphs
 from rad_jax.serving.weights import Matrix
 
 Tensor: TypeAlias = torch.Tensor
-# Bytes of a decoder up to which a step on a CPU is done sooner by one core than by several that have to be woken for every product.
+# Bytes of a decoder up to which a step on a CPU is done sooner by one core than by several that have to be woken for every product. On two
+# cores it takes 0.5 of the time with 3 MB, 0.9 with 13 MB, and 1.2 with 100 MB (launch.benchmark's demo, mid and large).
 _SMALL = 32 * 2**20
 
 
