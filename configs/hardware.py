@@ -102,8 +102,9 @@ _LEAST_ROWS = 2
 def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The experiment set up for a machine.
 
-    The global batch stays what it is, unless the machine has so many devices that each would get a single row: it grows to two each, and
-    `steps` get fewer in proportion.
+    The global batch stays what it is, unless the machine has so many devices that each would get a single row: it grows to two each.
+    `steps` and `num_micro` follow the batch and the mesh, those that are set afterwards too (--config.batch_size): as many rows of the
+    corpus in all, and no more rows on a device at once than the machine takes. Set themselves, they stay.
 
     "v5e-256x4" is four slices of v5e-256: each holds a copy of what a slice holds, and only gradients cross between them (the
     outermost part of `data`, see `rad_jax.sharding.make_mesh`).
@@ -117,16 +118,18 @@ def on(machine: str, config: ml_collections.ConfigDict) -> ml_collections.Config
     found = MACHINES[name]
     data = found.data * int(slices or 1)
     copies = data * found.fsdp
-    # A pair of stage 1 takes a small part of the memory that a row of the other stages takes.
-    at_once = copies * found.rows * (16 if config.task == "contrastive" else 1)
-    least = copies * min(_LEAST_ROWS, found.rows)
-    if config.batch_size < least:
-        config.steps = -(-config.steps * config.batch_size // least)
-        config.batch_size = least
+    rows = config.steps * config.batch_size  # of the whole stage
+    config.batch_size = max(config.batch_size, copies * min(_LEAST_ROWS, found.rows))
     if config.batch_size % copies:
         raise ValueError(f"a batch of {config.batch_size} rows cannot be shared by {copies} devices of {machine}")
     config.mesh = {"data": data, "fsdp": found.fsdp, "tensor": found.tensor}
-    config.num_micro = max(1, config.batch_size // at_once)
+    # References, which follow what is set later; rounded up.
+    batch = config.get_oneway_ref("batch_size")
+    config.steps = -(-rows // batch)
+    # A pair of stage 1 takes a small part of the memory that a row of the other stages takes.
+    at_once = found.rows * (16 if config.task == "contrastive" else 1)
+    copies = config.mesh.get_oneway_ref("data") * config.mesh.get_oneway_ref("fsdp")
+    config.num_micro = -(-batch // (copies * at_once))
     config.compiler_options = dict(found.options)
     config.dropout_bits = found.dropout_bits
     for part in ("vision", "text", "llm"):

@@ -8,7 +8,9 @@
         --search_mesh=1x16x1,16x1x1 --search_dtype=bfloat16,int8
 
 No weights and no TPU are needed, only the TPU's compiler: pip install "jax[tpu]". The config is set up for the topology as configs/hardware.py
-says, and --config. flags come on top. The sizes of v5p and v4 count cores, of which a chip has two: v5p-8 is four chips.
+says, and --config. flags come on top: the program is that of launch.train with configs/stage3.py:v5e-64 and the same flags. With another
+--config.batch_size the steps are as many fewer, and the turns as many more, unless --config.steps or --config.num_micro is given. The sizes
+of v5p and v4 count cores, of which a chip has two: v5p-8 is four chips.
 
 Memory, collectives and compiled FLOPs are the compiler's own. The time is an estimate from the cycles that the compiler writes beside
 each operation; rad_jax/schedule.py says how it is made and how far such estimates have been off. Nothing here has been timed on a TPU.
@@ -56,7 +58,9 @@ MOST = 24  # compiles of one search
 def main(_: Sequence[str]) -> int:
     from rad_jax import chips
 
-    place, config = chips.find(_TOPOLOGY.value), fitted()
+    place = chips.find(_TOPOLOGY.value)
+    set_flags = config_flags.get_override_values(flags.FLAGS["config"])
+    config = fitted(_CONFIG.value, set_flags, place.name, _SLICES.value)
     if _ROWS.value or _REMAT.value or _MESH.value or _DTYPE.value:
         return search(place, config)
     return single(place, config)
@@ -64,8 +68,10 @@ def main(_: Sequence[str]) -> int:
 
 def single(place: Any, config: Any) -> int:
     """One program: its page and its files."""
-    from rad_jax import aot
+    from rad_jax import aot, sharding
 
+    if not _GENERATE_ROWS.value:
+        sharding.check_batch(config.batch_size, config.mesh.data * config.mesh.fsdp, config.num_micro)
     where = f"{_SLICES.value} slices of {place.name}" if _SLICES.value > 1 else place.name
     print(f"compiling for {where}, {place.chips * _SLICES.value} chips, which takes a minute or two ...", flush=True)
     try:
@@ -88,31 +94,23 @@ def single(place: Any, config: Any) -> int:
     return 0
 
 
-def fitted() -> Any:
-    """The config set up for the topology, with what --config. flags say on top.
+def fitted(config: Any, set_flags: dict[str, Any], name: str, slices: int = 1) -> Any:
+    """The config set up for so many slices of a topology, with what --config. flags set on top: what launch.train trains there.
 
     Raises:
         UserError: the machine cannot share its batch, or is not known and the config is one for GPUs.
     """
     from configs import hardware
 
-    config, name = _CONFIG.value, _TOPOLOGY.value
-    if name not in hardware.MACHINES:
-        if any(part.get("attention") == "cudnn" for part in config.model.values() if hasattr(part, "get")):
-            raise UserError(
-                f"configs/hardware.py has no machine {name}: give a config for a TPU, configs/stage3.py:v5e-8 say, and --config.mesh. flags."
-            )
-        return config
-    try:
-        hardware.on(name if _SLICES.value == 1 else f"{name}x{_SLICES.value}", config)
-    except ValueError as error:
-        raise UserError(f"{error}: give another --config.batch_size.") from error
-    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
-    share = config.mesh.data * config.mesh.fsdp * config.num_micro
-    if config.batch_size % share:
+    if name in hardware.MACHINES:
+        try:
+            hardware.on(name if slices == 1 else f"{name}x{slices}", config)
+        except ValueError as error:
+            raise UserError(f"{error}: give another --config.batch_size.") from error
+        config.update_from_flattened_dict(set_flags)
+    elif any(part.get("attention") == "cudnn" for part in config.model.values() if hasattr(part, "get")):
         raise UserError(
-            f"{config.batch_size} rows cannot be shared by {config.mesh.data * config.mesh.fsdp} devices in {config.num_micro} turns: "
-            f"set --config.batch_size to a multiple of {share}."
+            f"configs/hardware.py has no machine {name}: give a config for a TPU, configs/stage3.py:v5e-8 say, and --config.mesh. flags."
         )
     return config
 

@@ -99,6 +99,7 @@ def prepared(config: Any, workdir: Path, stop: distributed.Stop, profile: tuple[
     if config.task == "generative":
         checkpoint.check_tokenizer(tokenizer.path, bases)
     mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(config.batch_size, mesh.shape["data"] * mesh.shape["fsdp"], config.num_micro)
     share, shares = sharding.process_share(mesh)
     data = corpus.identity(config.data.split, config.data.selection)
     checkpoint.open_workdir(workdir, config.to_dict(), data, tokenizer.path, bases)

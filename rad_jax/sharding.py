@@ -61,6 +61,19 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check_batch(rows: int, devices: int, num_micro: int) -> None:
+    """Whether so many devices along data and fsdp can share a batch, and each of its turns.
+
+    Raises:
+        UserError: they cannot.
+    """
+    share = devices * num_micro
+    if rows % share:
+        raise UserError(
+            f"{rows} rows cannot be shared by {devices} devices in {num_micro} turns: set --config.batch_size to a multiple of {share}."
+        )
+
+
 def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings for a tree of (abstract) variables with logical axis names, in the tree of the unboxed variables.
 

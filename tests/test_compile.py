@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import common, stage3
 from launch import compile as command
@@ -41,6 +43,39 @@ def test_one_sentence_and_status_2(arguments, message):
     done = run("--config=configs/stage3.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def parsed(monkeypatch, config, *overrides):
+    """What --config and its flags make, as launch.train gets it, and what the flags set."""
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=holder)
+    given = ["launch", f"--config={ROOT}/configs/{config}", *(f"--config.{override}" for override in overrides)]
+    monkeypatch.setattr(sys, "argv", given)  # where config_flags looks
+    holder(given)
+    return holder.config, config_flags.get_override_values(holder["config"])
+
+
+@pytest.mark.parametrize(
+    ("file", "machine", "overrides", "batch", "turns", "steps"),
+    [
+        ("stage3.py", "v5e-16", (), 64, 2, 18752),
+        ("stage3.py", "v5e-16", ("batch_size=128",), 128, 4, 9376),
+        ("stage3.py", "v5e-16", ("batch_size=128", "num_micro=2", "steps=50"), 128, 2, 50),
+        ("stage3.py", "v5e-16", ("mesh.data=4", "mesh.fsdp=2", "mesh.tensor=2"), 64, 4, 18752),
+        ("stage3.py", "v5e-256", ("model.llm.remat=full",), 512, 1, 2344),
+        ("stage3.py", "v5e-256", ("batch_size=256",), 256, 1, 4688),
+        ("stage3.py", "v5e-64x2", ("batch_size=1024",), 1024, 4, 1172),
+        ("stage2.py", "v5p-8", ("batch_size=512",), 512, 32, 782),
+        ("stage1.py", "v5e-16", ("batch_size=16384",), 16384, 32, 1362),
+    ],
+)
+def test_what_is_compiled_is_what_is_trained(monkeypatch, file, machine, overrides, batch, turns, steps):
+    """A larger batch takes more turns and fewer steps, unless they are given; a flag wins over the machine in both commands."""
+    trained, _ = parsed(monkeypatch, f"{file}:{machine}", *overrides)
+    name, _, slices = machine.partition("x")
+    compiled = command.fitted(*parsed(monkeypatch, file, *overrides), name, int(slices or 1))
+    assert compiled.to_dict() == trained.to_dict()
+    assert (trained.batch_size, trained.num_micro, trained.steps) == (batch, turns, steps)
 
 
 def searching(monkeypatch, **lists):
