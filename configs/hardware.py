@@ -3,7 +3,9 @@
     python -m launch.train --config=configs/stage3.py:v5e-64 ...
 
 `fsdp` shares out every weight and every batch, and is all that a model of 7 billion parameters needs on these machines; `data` keeps
-whole copies of the weights, `tensor` cuts heads and feed-forward layers. `rows` is what a device works on at once: a larger batch
+whole copies of the weights, `tensor` cuts heads and feed-forward layers. One table of logical axes (`rad_jax.sharding.RULES`) serves all
+machines, because it only names the mesh axis that each kind of dimension goes along; a machine says how long the axes are, and one of
+length 1 cuts nothing. `rows` is what a device works on at once: a larger batch
 goes through in several turns (config.num_micro).
 """
 
