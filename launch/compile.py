@@ -133,6 +133,9 @@ def page(found: dict[str, Any]) -> str:
         f"FLOPs per chip    {found['flops_compiled']:.4g} compiled, {found['flops_formula']:.4g} by formula; {found['flops_needed']:.4g} "
         "needed by real tokens",
     ]
+    if "activation_bytes_per_image" in found:
+        kept = found["activation_bytes_per_image"] / 2**20
+        lines.append(f"activations       {kept:.2f} MiB per image, kept by the image tower for its backward pass")
     lines += [
         f"  {row['kind']:18}{row['axes']:12}{row['number']:7.0f} of {row['bytes'] / 1e9:9.3f} GB in all, {row['seconds']:.4f} s"
         for row in found["collectives"]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rad_jax import chips, flops, generate, optim, schedule, sharding, tasks, train
+from rad_jax import chips, contrastive, flops, generate, optim, schedule, sharding, tasks, train
 from rad_jax.errors import UserError
 
 # Keeps libtpu from asking a cloud's metadata server where it is, and from claiming the machine for one process.
@@ -234,6 +234,7 @@ def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]
 
     Returns:
         `lora_mfu` counts what real tokens need, `lora_mfu_full_rows` what they would need if texts filled their rows.
+        `activation_bytes_per_image`, of stage 1, is what the image tower keeps of one image for its backward pass.
     """
     config, place = program.config, program.place
     reading = schedule.read(program.text, schedule.network_of(program))
@@ -284,6 +285,9 @@ def report(program: Program, text_tokens: float | None = None) -> dict[str, Any]
     }
     if program.new_tokens:
         return found | {"new_tokens": program.new_tokens, "images_per_s_per_chip": rows}
+    if config.task == "contrastive":
+        kept = contrastive.activation_bytes(tasks.make_task(config).model, config.data.text_length)
+        found["activation_bytes_per_image"] = kept["image"]
     hours = config.steps * reading.seconds / 3600
     return found | {"steps": config.steps, "stage_hours": hours, "chip_hours": hours * program.chips}
 

@@ -1,7 +1,9 @@
 """Abstract arguments against real ones, and claims about the compiled step: its FLOPs, its collectives, its size in depth."""
 
 import functools
+import json
 import pickle
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import common
-from rad_jax import aot, chips, flops, hlo, optim, schedule, sharding, tasks, train
+from launch import compile as command
+from rad_jax import aot, chips, contrastive, flops, hlo, optim, schedule, sharding, tasks, train
 
 CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # quick to compile
 
@@ -140,6 +143,28 @@ def test_abstract_batch_is_that_of_the_input_pipeline(training, stage):
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
         name: (x.shape, jnp.dtype(x.dtype)) for name, x in batch.items()
     }
+
+
+def test_report_of_two_towers(training, monkeypatch):
+    """The figures of stage 1 around those of a compiler that is not asked; the tower's activations are among them and on the page."""
+    config = training.config("stage1", batch_size=16, mesh={"data": 1, "fsdp": 8, "tensor": 1})
+    config.update({"num_micro": 2, "steps": 100})
+    task, mesh = tasks.make_task(config), sharding.make_mesh(**config.mesh)
+    state, frozen = train.abstract(config, task, optim.optimizer(config.optimizer, 100), mesh)
+    monkeypatch.setattr(schedule, "network_of", lambda program: None)
+    monkeypatch.setattr(schedule, "read", lambda text, network: schedule.Reading(seconds=0.5, other=0.5, flops=1e9))
+    memory = dict.fromkeys(("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size"), 2**20)
+    sizes = {f"{name}_in_bytes": size for name, size in memory.items()} | {"peak_memory_in_bytes": 3 * 2**20}
+    executable = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    arguments = (state, frozen, aot.abstract_batch(config, mesh))
+    program = aot.Program(config, chips.find("v5e-8"), 1, mesh, arguments, 16, 0, executable, "", 1.0)
+    found = aot.report(program)
+    kept = contrastive.activation_bytes(task.model, config.data.text_length)["image"]
+    assert found["activation_bytes_per_image"] == kept > 32 * 32  # an image and more
+    assert (found["frozen_params"], found["num_micro"], found["peak_hbm_bytes"]) == (0, 2, 3 * 2**20)
+    assert found["trainable_params"] == sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    assert found["chip_hours"] == pytest.approx(100 * 0.5 * 8 / 3600)
+    assert f"activations       {kept / 2**20:.2f} MiB per image" in command.page(json.loads(json.dumps(found)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- with the TPU compiler
