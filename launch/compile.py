@@ -16,9 +16,10 @@ Memory, collectives and compiled FLOPs are the compiler's own. The time is an es
 each operation; rad_jax/schedule.py says how it is made and how far such estimates have been off. Nothing here has been timed on a TPU.
 FLOPs that count for utilisation are those of real tokens: --text_tokens says how many a row has on average.
 
-The --search_ flags try every combination of what they list, at most 24, and mark those that no other beats in both memory and speed.
+The --search_ flags try every combination of what they list, at most 24, and mark those that no other beats in both memory and speed. --json
+is written after each, and one that the compiler refuses says why in its row.
 
-Exit status 3: the program does not fit into a chip's memory.
+Exit status 3: the program does not fit into a chip's memory, or no program of a search. 1: nothing of a search could be compiled.
 """
 
 import itertools
@@ -62,6 +63,11 @@ def main(_: Sequence[str]) -> int:
     set_flags = config_flags.get_override_values(flags.FLAGS["config"])
     config = fitted(_CONFIG.value, set_flags, place.name, _SLICES.value)
     if _ROWS.value or _REMAT.value or _MESH.value or _DTYPE.value:
+        for flag in (_GENERATE_ROWS, _HLO, _SAVE):
+            if flag.value:
+                raise UserError(
+                    f"--{flag.name} does not go with the --search_ flags, which try the train step: leave one of them out."
+                )
         return search(place, config)
     return single(place, config)
 
@@ -74,14 +80,14 @@ def single(place: Any, config: Any) -> int:
         sharding.check_batch(config.batch_size, config.mesh.data * config.mesh.fsdp, config.num_micro)
     where = f"{_SLICES.value} slices of {place.name}" if _SLICES.value > 1 else place.name
     print(f"compiling for {where}, {place.chips * _SLICES.value} chips, which takes a minute or two ...", flush=True)
+    rows, tokens = _GENERATE_ROWS.value, _MAX_NEW_TOKENS.value
     try:
-        if _GENERATE_ROWS.value:
-            rows, tokens = _GENERATE_ROWS.value, _MAX_NEW_TOKENS.value
+        if rows:
             program = aot.compile_generation(config, place, _SLICES.value, rows, tokens)
         else:
             program = aot.compile_training(config, place, _SLICES.value)
     except aot.DoesNotFit as error:
-        print(f"does not fit: {error} {aot.advice(config)}")
+        print(f"does not fit: {error} {aot.generation_advice(config, rows, tokens) if rows else aot.advice(config)}")
         return 3
     if _HLO.value:
         Path(_HLO.value).write_text(program.text)
@@ -166,24 +172,35 @@ def page(found: dict[str, Any]) -> str:
 
 def search(place: Any, config: Any) -> int:
     """Compiles every combination and prints a table of them."""
-    from rad_jax import aot
-
     settings = combinations(config)
+    from rad_jax import aot  # JAX, which takes seconds: after what a flag can be wrong about
+
+    aot.devices(place, _SLICES.value)  # without a compiler there is nothing to try
     rows: list[dict[str, Any]] = []
     for number, setting in enumerate(settings, 1):
         tried = varied(config, setting)
         print(f"{number} of {len(settings)}: {describe(setting)} ...", flush=True)
-        row: dict[str, Any] = {"setting": setting, "num_micro": tried.num_micro}
-        try:
-            row |= aot.report(aot.compile_training(tried, place, _SLICES.value), _TEXT_TOKENS.value)
-        except aot.DoesNotFit as error:
-            row |= {"needed_bytes": error.needed}
-        rows.append(row)
-    mark(rows)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+        rows.append({"setting": setting, "num_micro": tried.num_micro, **outcome(place, tried)})
+        mark(rows)
+        if _JSON.value:
+            Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
-    return 0 if any("lora_mfu" in row for row in rows) else 3
+    if any("lora_mfu" in row for row in rows):
+        return 0
+    return 3 if any("needed_bytes" in row for row in rows) else 1
+
+
+def outcome(place: Any, config: Any) -> dict[str, Any]:
+    """The figures of a step, or why there are none: "needed_bytes", or the "error" of a step that cannot be compiled."""
+    from rad_jax import aot
+
+    try:
+        return aot.report(aot.compile_training(config, place, _SLICES.value), _TEXT_TOKENS.value)
+    except aot.DoesNotFit as error:
+        return {"needed_bytes": error.needed}
+    except Exception as error:  # whatever tracing or the compiler says of this one, the others are still wanted
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0]}"}
 
 
 def combinations(config: Any) -> list[dict[str, Any]]:
@@ -249,6 +266,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"  {'mesh':10}{'remat':10}{'frozen':10}{'rows':>4}{'GiB':>9}{'step s':>9}{'tokens/s':>10}{'MFU 4N':>8}"]
     for row in rows:
         start = f"{'*' if row['best'] else ' '} {describe(row['setting'])}"
+        if "error" in row:
+            lines.append(f"{start}  cannot be compiled: {row['error']}")
+            continue
         if "lora_mfu" not in row:
             lines.append(f"{start}{row['needed_bytes'] / 2**30:9.2f}  does not fit")
             continue

@@ -115,8 +115,9 @@ def compile_training(config: Any, place: chips.Slice, slices: int = 1) -> Progra
 
     Raises:
         DoesNotFit: a chip has too little memory.
-        UserError: the mesh is not that of the slices, or libtpu is missing.
+        UserError: the mesh is not that of the slices or does not divide heads, or libtpu is missing.
     """
+    check_heads(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices(place, slices))
     task, optimizer = tasks.make_task(config), optim.optimizer(config.optimizer, config.steps)
     state, frozen = train.abstract(config, task, optimizer, mesh)
@@ -136,8 +137,17 @@ def compile_generation(config: Any, place: chips.Slice, slices: int, rows: int, 
 
     As `launch.generate` does it with --attention as in the config, and no 8-bit weights.
 
-    Raises: as `compile_training`.
+    Raises:
+        DoesNotFit, UserError: as `compile_training`; or the rows cannot be shared, or the config has no language model.
     """
+    if "llm" not in config.model:
+        raise UserError("--generate_rows needs a config that can write: that of stage 2 or 3.")
+    share = config.mesh.data * config.mesh.fsdp
+    if rows % share:
+        raise UserError(
+            f"--generate_rows={rows} cannot be shared by {share} devices along data and fsdp: give a multiple of {share}, or --config.mesh."
+        )
+    check_heads(config, generates=True)
     mesh = sharding.make_mesh(**config.mesh, devices=devices(place, slices))
     config = config.copy_and_resolve_references()
     if config.frozen_dtype == "int8":
@@ -194,6 +204,38 @@ def _explained(error: Exception) -> Exception:
         unit = {"G": 2**30, "M": 2**20, "K": 2**10, "": 1}
         return DoesNotFit(float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]])
     return error
+
+
+def check_heads(config: Any, generates: bool = False) -> None:
+    """Whether the mesh divides the attention heads where it must: for kernels that are run per device, and for the cache of generation.
+
+    Raises:
+        UserError: it does not.
+    """
+    tensor = config.mesh.tensor
+    for name in ("vision", "text", "llm"):
+        part = config.model.get(name, {})
+        if part.get("attention", "xla") == "xla" and not (generates and name == "llm"):
+            continue
+        heads = part.get("kv_heads") or part["heads"]
+        if heads % tensor:
+            raise UserError(f"--config.mesh.tensor={tensor} does not divide the {heads} heads of config.model.{name}.")
+
+
+def generation_advice(config: Any, rows: int, new_tokens: int) -> str:
+    """What makes generation of so many rows at once smaller, the cheapest first."""
+    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    knobs, share = [], data * fsdp
+    if rows >= 2 * share:
+        knobs.append(f"fewer images at once (--generate_rows={rows // 2 // share * share})")
+    heads = [part.get("kv_heads") or part["heads"] for part in (config.model.llm, config.model.get("vision")) if part]
+    if share % 2 == 0 and all(n % (2 * tensor) == 0 for n in heads):
+        data, fsdp = (data // 2, fsdp) if data % 2 == 0 else (data, fsdp // 2)
+        sizes = f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={2 * tensor}"
+        knobs.append(f"each copy's heads and cache on more chips ({sizes})")
+    if new_tokens > 1:
+        knobs.append(f"shorter texts (--max_new_tokens={new_tokens // 2})")
+    return "What helps: " + "; ".join([*knobs, "a larger slice (--topology)"]) + "."
 
 
 def advice(config: Any) -> str:

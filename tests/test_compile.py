@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import common, stage3
+from configs import common, stage1, stage3
 from launch import compile as command
 from rad_jax import aot, chips
 from rad_jax.errors import UserError
@@ -37,6 +38,12 @@ def run(*arguments):
         (("--topology=v5e-64", "--config.batch_size=96"), "error: 96 rows cannot be shared by 64 devices in 1 turns"),
         (("--topology=v5e-4",), "error: configs/hardware.py has no machine v5e-4"),
         (("--topology=v5e-16", "--search_rows=one"), "--search_rows and --search_mesh take numbers"),
+        (("--topology=v5e-16", "--search_rows=1", "--hlo=x"), "--hlo does not go with the --search_ flags"),
+        (("--topology=v5e-16", "--search_mesh=1x16x1", "--save=x"), "--save does not go with the --search_ flags"),
+        (
+            ("--topology=v5e-16", "--search_remat=full", "--generate_rows=8"),
+            "--generate_rows does not go with the --search_",
+        ),
     ],
 )
 def test_one_sentence_and_status_2(arguments, message):
@@ -78,10 +85,40 @@ def test_what_is_compiled_is_what_is_trained(monkeypatch, file, machine, overrid
     assert (trained.batch_size, trained.num_micro, trained.steps) == (batch, turns, steps)
 
 
+def given(monkeypatch, **values):
+    """Flags of the command as if given: SLICES=2."""
+    for name, value in values.items():
+        monkeypatch.setattr(command, f"_{name}", SimpleNamespace(value=value, name=name.lower()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "mesh", "rows", "message"),
+    [
+        (stage3, (2, 8, 1), 24, "--generate_rows=24 cannot be shared by 16 devices along data and fsdp"),
+        (stage3, (2, 1, 8), 64, "--config.mesh.tensor=8 does not divide the 12 heads of config.model.vision"),
+        (stage3, (1, 1, 16), 64, "--config.mesh.tensor=16 does not divide the 12 heads of config.model.vision"),
+        (stage1, (1, 16, 1), 64, "--generate_rows needs a config that can write"),
+        (stage1, (1, 2, 8), None, "--config.mesh.tensor=8 does not divide the 12 heads of config.model.vision"),
+    ],
+)
+def test_meshes_that_cannot_be(stage, mesh, rows, message):
+    """Said before anything is compiled."""
+    config, place = stage.get_config("v5e-16"), chips.find("v5e-16")
+    config.mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    with pytest.raises(UserError, match=message):
+        aot.compile_generation(config, place, 1, rows, 8) if rows else aot.compile_training(config, place)
+
+
+def test_heads_of_the_cache_are_whole_whatever_the_kernel():
+    config = stage3.get_config("cpu-1")
+    config.model.llm.kv_heads, config.mesh.tensor = 4, 8
+    aot.check_heads(config)
+    with pytest.raises(UserError, match="tensor=8 does not divide the 4 heads"):
+        aot.check_heads(config, generates=True)
+
+
 def searching(monkeypatch, **lists):
-    for name in ("rows", "remat", "mesh", "dtype"):
-        values = lists.get(name, [])
-        monkeypatch.setattr(command, f"_{name.upper()}", type("Flag", (), {"value": values}))
+    given(monkeypatch, **{name: lists.get(name.lower(), []) for name in ("ROWS", "REMAT", "MESH", "DTYPE")})
     config = stage3.get_config("v5e-16")
     config.batch_size = 64
     return config
@@ -120,12 +157,43 @@ def test_what_no_other_row_beats():
         fits = {"peak_hbm_bytes": gib * 2**30, "tokens_per_s_per_chip": speed, "lora_mfu": 0.5, "predicted_step_s": 1.0}
         return {"setting": setting, **(fits if speed else {"needed_bytes": gib * 2**30})}
 
-    rows = [row(4, 100), row(8, 200), row(9, 150), row(8, 120), row(20, 0)]
+    refused = {"setting": row(1, 1)["setting"], "error": "ValueError: no"}
+    rows = [row(4, 100), row(8, 200), row(9, 150), row(8, 120), row(20, 0), refused]
     command.mark(rows)
-    assert [row["best"] for row in rows] == [True, True, False, False, False]
+    assert [row["best"] for row in rows] == [True, True, False, False, False, False]
     lines = command.table(rows).splitlines()
-    assert [line[0] for line in lines[1:]] == ["*", "*", " ", " ", " "]
-    assert "does not fit" in lines[-1]
+    assert [line[0] for line in lines[1:]] == ["*", "*", " ", " ", " ", " "]
+    assert "does not fit" in lines[-2] and lines[-1].endswith("cannot be compiled: ValueError: no")
+
+
+def test_a_search_goes_on_after_an_error(monkeypatch, tmp_path, capsys):
+    """What is found is in the file after each program, and the row of one that fails says why."""
+    config = searching(monkeypatch, rows=["1", "2", "4"])
+    file = tmp_path / "found.json"
+    given(monkeypatch, SLICES=1, TEXT_TOKENS=None, JSON=file)
+    monkeypatch.setattr(aot, "devices", lambda place, slices: [])
+    figures = {"lora_mfu": 0.5, "peak_hbm_bytes": 2**30, "tokens_per_s_per_chip": 10.0, "predicted_step_s": 1.0}
+    outcomes = [figures, RuntimeError("INTERNAL: Mosaic failed\nand a long dump"), aot.DoesNotFit(2e10, 1e10)]
+    written = []
+
+    def compile_training(config, place, slices):
+        written.append(len(json.loads(file.read_text())) if file.exists() else 0)
+        found = outcomes[len(written) - 1]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(aot, "compile_training", compile_training)
+    monkeypatch.setattr(aot, "report", lambda program, text_tokens: program)
+    assert command.search(chips.find("v5e-16"), config) == 0
+    assert written == [0, 1, 2]
+    found = json.loads(file.read_text())
+    assert [row.get("error") for row in found] == [None, "RuntimeError: INTERNAL: Mosaic failed", None]
+    assert [row["best"] for row in found] == [True, False, False] and found[2]["needed_bytes"] == 2e10
+    assert "cannot be compiled: RuntimeError: INTERNAL: Mosaic failed" in capsys.readouterr().out
+    written.clear()
+    outcomes[:] = [ValueError("no")] * 3
+    assert command.search(chips.find("v5e-16"), config) == 1
 
 
 def test_advice_names_what_can_still_be_done():
@@ -138,13 +206,24 @@ def test_advice_names_what_can_still_be_done():
     assert aot.advice(config) == "What helps: a larger slice (--topology)."
 
 
+def test_advice_for_generation_is_another():
+    """No rematerialisation, turns or 8-bit weights: generation has none of them."""
+    config = stage3.get_config("v5e-16")
+    config.mesh = {"data": 8, "fsdp": 1, "tensor": 2}
+    assert aot.generation_advice(config, 40, 256) == (
+        "What helps: fewer images at once (--generate_rows=16); each copy's heads and cache on more chips (--config.mesh.data=4 "
+        "--config.mesh.fsdp=1 --config.mesh.tensor=4); shorter texts (--max_new_tokens=128); a larger slice (--topology)."
+    )
+    config.mesh = {"data": 4, "fsdp": 1, "tensor": 4}  # the image tower's 12 heads go no further
+    assert aot.generation_advice(config, 4, 1) == "What helps: a larger slice (--topology)."
+
+
 @pytest.mark.slow
 def test_search(monkeypatch, tmp_path, capsys):
     """A small step on eight chips: half of the rows at once take less memory, and all of them less time."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     searching(monkeypatch, rows=["1", "2"])
-    for name, value in (("SLICES", 1), ("TEXT_TOKENS", None), ("JSON", tmp_path / "found.json")):
-        monkeypatch.setattr(command, f"_{name}", type("Flag", (), {"value": value}))
+    given(monkeypatch, SLICES=1, TEXT_TOKENS=None, JSON=tmp_path / "found.json")
     model = {
         "vision": {"image_size": 98, "patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_dim": 256},
         "llm": {
@@ -171,8 +250,7 @@ def test_search(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_too_large_a_program_is_status_3(monkeypatch, capsys):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    for name, value in (("SLICES", 1), ("GENERATE_ROWS", None)):
-        monkeypatch.setattr(command, f"_{name}", type("Flag", (), {"value": value}))
+    given(monkeypatch, SLICES=1, GENERATE_ROWS=None, MAX_NEW_TOKENS=256)
     llm = {"vocab_size": 512, "width": 1024, "depth": 16, "heads": 8, "kv_heads": 8, "mlp_dim": 4096}
     data = {"template": "text", "text_length": 128, "target_length": 32}
     config = common.experiment("generative", {"llm": llm}, ("params/llm/.*",), data, steps=10, batch_size=4096)
