@@ -91,6 +91,14 @@ def given(monkeypatch, **values):
         monkeypatch.setattr(command, f"_{name}", SimpleNamespace(value=value, name=name.lower()))
 
 
+def test_an_experiment_that_names_no_machine(monkeypatch):
+    """Read from a command's flags, and locked by them."""
+    config = command.fitted(*parsed(monkeypatch, "phantom.py:stage3", "batch_size=32"), "v5e-8", 2)
+    assert config.mesh.to_dict() == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert (config.model.vision.attention, config.model.llm.remat, config.num_micro) == ("splash", "minimal", 2)
+    assert config.is_locked
+
+
 @pytest.mark.parametrize(
     ("stage", "mesh", "rows", "message"),
     [
