@@ -1,7 +1,9 @@
 """The command around ahead-of-time compilation: what it refuses, how it says that a program is too large, and its search."""
 
+import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +21,13 @@ from rad_jax.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments):
+def run(*arguments, timeout=300):
     return subprocess.run(
         [sys.executable, "-m", "launch.compile", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
 
@@ -266,3 +268,89 @@ def test_too_large_a_program_is_status_3(monkeypatch, capsys):
     assert command.single(chips.find("v5e-8"), config) == 3
     text = capsys.readouterr().out
     assert "GiB too many" in text and "remat=full" in text and "--config.mesh.fsdp=8" in text
+
+
+# What the file must have; it has more.
+KEYS = {
+    *("topology", "chips", "mesh", "sequence_length", "global_batch", "remat", "frozen_params", "trainable_params"),
+    *("peak_hbm_bytes", "hbm_bytes", "flops_formula", "flops_compiled", "collectives", "predicted_step_s", "compile_s"),
+    *("tokens_per_s_per_chip", "lora_mfu", "mfu_6n", "hardware_utilization"),
+}
+
+# Two layers whose heads of 128 channels see rows of 1,792: 1,744 words, and 49 patches in place of one.
+SMALL = """
+from configs import common
+
+
+def get_config():
+    vision = {"image_size": 98, "patch_size": 14, "width": 64, "depth": 3, "heads": 2, "mlp_dim": 256, "attention": "xla", "feature_layer": -2}
+    llm = {"vocab_size": 512, "width": 256, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_dim": 512, "dtype": "bfloat16"}
+    lora = {"rank": 64, "alpha": 128.0, "dropout": 0.05, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+    data = {"template": "v1", "text_length": 1744, "target_length": 256, "mean_text_length": 848}
+    model, trainable = {"vision": vision, "llm": llm, "lora": lora}, ("params/projector/.*", "lora/.*")
+    config = common.experiment("generative", model, trainable, data, steps=90, batch_size=32)
+    config.frozen_dtype = "bfloat16"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The command, once: a folder with the figures, the scheduled program and the executable, and what was printed."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    here = tmp_path_factory.mktemp("compiled")
+    (here / "small.py").write_text(SMALL)
+    files = (f"--{name}={here}/{name}" for name in ("json", "hlo", "save"))
+    # XLA's attention in the tower: the referee has no time for a kernel of its shape.
+    chosen = ("--topology=v5e-8", "--slices=2", "--config.model.vision.attention=xla")
+    done = run(f"--config={here}/small.py", *chosen, *files, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return here, json.loads((here / "json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_what_the_command_tells(compiled):
+    here, found, page = compiled
+    assert found.keys() >= KEYS
+    assert (found["topology"], found["slices"], found["chips"]) == ("v5e-8", 2, 16)
+    assert found["mesh"] == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert (found["global_batch"], found["num_micro"], found["remat"]) == (32, 2, "minimal")
+    assert (found["sequence_length"], found["real_tokens"]) == (1744 + 48, 848 + 48)
+    assert found["flops_compiled"] == pytest.approx(found["flops_formula"], rel=0.05)
+    assert found["trainable_params"] * 12 == pytest.approx(found["checkpoint_bytes"], rel=1e-3)
+    assert 0 < found["memory"]["arguments"] < found["peak_hbm_bytes"] < found["hbm_bytes"] == 15.75 * 2**30
+    assert found["predicted_step_s"] == pytest.approx(
+        sum(found["schedule"][f"{k}_s"] for k in ("matmul", "other", "kernels", "exposed"))
+    )
+    assert found["chip_hours"] == pytest.approx(90 * found["predicted_step_s"] * 16 / 3600)
+    kinds = {(row["kind"], row["axes"]) for row in found["collectives"]}
+    assert {("all-gather", "fsdp"), ("all-reduce", "slices")} <= kinds
+    assert {axes for _, axes in kinds} == {"fsdp", "slices"}  # weights are gathered inside a slice alone
+    assert all(row["bytes"] > 0 and row["number"] > 0 for row in found["collectives"])
+    assert 0 < found["lora_mfu"] < min(found["lora_mfu_full_rows"], found["mfu_6n"])
+    assert (
+        max(found["lora_mfu_full_rows"], found["mfu_6n"]) < found["hardware_utilization"] < 1
+    )  # of a model so small, LoRA is much
+    assert "16 chips, mesh data 2 x fsdp 8 x tensor 1; 32 rows in 2 turns" in page
+    assert (here / "hlo").read_text().startswith("HloModule jit_step")
+    assert pickle.loads((here / "save").read_bytes())[0]
+
+
+@pytest.mark.slow
+def test_compute_time_is_that_of_another_reader(compiled):
+    """An independent reading of the same scheduled program, with its own table of the kernels' cycles."""
+    here, found, _ = compiled
+    folder = ROOT.parent / "shared" / "aot"
+    if not (folder / "hlo_time.py").exists():
+        pytest.skip(f"the other reader is not here: {folder}/hlo_time.py")
+    spec = importlib.util.spec_from_file_location("hlo_time", folder / "hlo_time.py")
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    kernels = json.loads((folder / "kernel_cycles.json").read_text())["TPU v5 lite|splash|1792|896|896|896|0"]
+    estimate = reader.Est((here / "hlo").read_text(), "TPU v5 lite", kernels=kernels)
+    theirs, ours = estimate.run(estimate.entry), found["schedule"]
+    assert not ours["unknown_kernels"] and theirs["n_pallas"] and not theirs.get("pallas_unknown")
+    assert theirs["compute"] == pytest.approx(ours["matmul_s"] + ours["other_s"] + ours["kernels_s"], rel=0.03)
+    assert theirs["cat:pallas"] == pytest.approx(ours["kernels_s"], rel=0.03)
+    assert theirs["cat:matmul"] == pytest.approx(ours["matmul_s"], rel=0.03)
+    assert theirs["flops"] == pytest.approx(found["flops_compiled"], rel=0.03)
