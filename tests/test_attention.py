@@ -92,14 +92,18 @@ def test_kernels_of_an_image_tower(monkeypatch):
     """What the kernel is asked for: queries by 128 against all keys, and a backward pass over the whole row, its keys in parts."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-    asked = []
-    make = kernel.make_splash_mha
-    monkeypatch.setattr(kernel, "make_splash_mha", lambda *a, **k: asked.append((a, k["block_sizes"])) or make(*a, **k))
+    asked, make = [], kernel.make_splash_mha
+
+    def recorded(*arguments, **options):
+        asked.append((*arguments, options["block_sizes"]))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(kernel, "make_splash_mha", recorded)
     for length, causal in ((1370, False), (1370, True)):
         x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
         jax.eval_shape(lambda q, c=causal: attention.attend(q, q, q, None, causal=c, impl="splash_interpret"), x)
     (masks, tower), (_, decoder) = asked
-    assert masks[0].shape == (1, 1408, 1408)
+    assert masks.shape == (1, 1408, 1408)
     assert (tower.block_q, tower.block_kv, tower.block_kv_compute) == (128, 1408, 1408)
     assert (tower.block_q_dkv, tower.block_kv_dkv, tower.block_kv_dkv_compute) == (1408, 1408, 128)
     assert (tower.block_q_dq, tower.block_kv_dq) == (1408, 1408)

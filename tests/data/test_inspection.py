@@ -111,7 +111,7 @@ def test_lengths_of_rows_are_those_of_training(corpora):
     sizes: dict[str, Any] = {"batch_size": 3, "image_size": 64, "selection": "frontal"}
     for template, of in rows.items():
         found = inspection.lengths(of, 0 if template == "clip" else 16)
-        chosen = {"text_length": found.text_length, "target_length": found.target_length}
+        chosen: dict[str, Any] = {"text_length": found.text_length, "target_length": found.target_length}
         batch = next(eval_batches(opened, "train", template=template, **sizes, **chosen))
         assert batch["length"].tolist() == of[:, 0].tolist() and not batch["truncated"].any()
         if template != "clip":
