@@ -36,7 +36,7 @@ def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
         # row of 1,664, thirteen times the 128 that a TPU works in. The prompt's own words take 64, which leaves 232 for indication and
         # findings. Of the 3,425 reports with findings of Open-i, half have up to 130 words in all, 99 of 100 up to 220, and three are
         # longer than 296. Such a row loses the end of its findings, and metrics.jsonl counts it (truncated_rows): where reports are longer,
-        # --config.data.text_length=424 --config.data.target_length=360 make rows of 1,792.
+        # --config.data.text_length=424 --config.data.target_length=360 make rows of 1,792. launch.inspect says what a corpus needs.
         "text_length": 296,
         "target_length": 232,
         "mean_text_length": 134,  # of those reports; only the estimates of launch.compile ask for it

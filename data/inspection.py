@@ -19,9 +19,14 @@ from data.selections import duplicates
 from data.shards import sha256
 from rad_jax.corpus import SHARDS, Corpus, fingerprint_of
 from rad_jax.errors import UserError
+from rad_jax.input_pipeline import row_lengths
 
 STATES = {1: "positive", 0: "negative", -1: "uncertain"}  # of a label; -2 is not stated
 _COUNTED = ("view", "sex")
+STAGES = {"clip": "stage 1", "plain": "stage 2", "v1": "stage 3"}  # template -> who reads it
+QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
+_KEPT = 0.99  # of the rows should be whole
+_WHOLE, _BLOCK = 8, 128  # multiples of text, and of a whole row: a TPU works in 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Facts:
         corpus: that was looked at.
         films: records that were counted, of each split.
         tokens: tokens of each findings section, of each split, int64.
+        rows: tokens and targets of whole rows of the training split's selection, int64 [n, 2], for each template of STAGES; empty if it has none.
         labels: (label, state) -> films; states are those of STATES.
         counts: "view", "sex", "method" (of the texts) and "sections" -> value -> how often.
         patients: of each split.
@@ -43,6 +49,7 @@ class Facts:
     corpus: Corpus
     films: Mapping[str, int]
     tokens: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
     labels: Counter[tuple[str, str]]
     counts: Mapping[str, Counter[str]]
     patients: Mapping[str, int]
@@ -93,8 +100,10 @@ def verify(corpus: Corpus, progress: bool = True) -> list[str]:
     return found
 
 
-def look(corpus: Corpus, films: int, samples: int, progress: bool = True) -> Facts:
+def look(corpus: Corpus, films: int, samples: int, selection: str = "frontal", progress: bool = True) -> Facts:
     """Reads up to `films` records of each split, evenly spaced, and keeps `samples` of all splits together.
+
+    As many rows of the training split's `selection` are measured.
 
     Raises:
         UserError: a record is damaged.
@@ -137,6 +146,7 @@ def look(corpus: Corpus, films: int, samples: int, progress: bool = True) -> Fac
         corpus=corpus,
         films={split: len(set(_spaced(count, films))) for split, count in splits.items()},
         tokens=lengths,
+        rows=_row_lengths(corpus, selection, films),
         labels=labels,
         counts=counts,
         patients={split: len(of) for split, of in patients.items()},
@@ -172,6 +182,53 @@ def histogram(lengths: np.ndarray, bins: int = 30) -> list[tuple[int, int, int]]
     width = max(1, -(-(int(lengths.max()) + 1) // bins))
     counts = np.bincount(lengths // width)
     return [(k * width, (k + 1) * width - 1, int(count)) for k, count in enumerate(counts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long the rows of a template are, and what to set.
+
+    Attributes:
+        text, targets: tokens, and targets among them, at each of QUANTILES: the least number that so many rows do not exceed.
+        text_length, target_length: the settings; 0 targets where the template has none.
+        row: with the image tokens.
+        kept: share of the rows that are then whole.
+    """
+
+    text: list[int]
+    targets: list[int]
+    text_length: int
+    target_length: int
+    row: int
+    kept: float
+
+
+def lengths(rows: np.ndarray, image_tokens: int) -> Lengths:
+    """Quantiles, and the shortest setting that leaves 99 of 100 rows whole.
+
+    A row of words and image is as long as a multiple of 128, all of it used for text; the targets are those of the rows that fit it.
+
+    Args:
+        rows: tokens with one for the image, and targets, int64 [n, 2], n > 0.
+        image_tokens: that the one becomes; 0 where words and image have a tower each.
+    """
+    text, targets = (np.quantile(rows, QUANTILES, axis=0, method="inverted_cdf").astype(int).T).tolist()
+    needed = int(np.quantile(rows[:, 0], _KEPT, method="inverted_cdf"))
+    extra = max(image_tokens - 1, 0)
+    row = _up(needed + extra, _BLOCK if image_tokens else _WHOLE)
+    fits = rows[:, 0] <= row - extra
+    target = min(_up(int(rows[fits, 1].max()), _WHOLE), row - extra)
+    return Lengths(text, targets, row - extra, target, row, float(fits.mean()))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _row_lengths(corpus: Corpus, selection: str, most: int) -> dict[str, np.ndarray]:
+    known = corpus.meta["selections"].get(selection)
+    count = known["splits"].get("train", {"rows": 0})["rows"] if known else 0
+    return row_lengths(corpus, "train", selection, tuple(STAGES), _spaced(count, most)) if count else {}
 
 
 def _spaced(count: int, most: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Turns weights made elsewhere into a base that --base and --checkpoint can name, tensor by tensor, without PyTorch.
 
     python -m launch.convert --format=hf_llama  --source=vicuna-7b-v1.5 --out=bases/vicuna
-    python -m launch.convert --format=open_clip --source=biomedclip --image_size=518 --out=bases/biomedclip
+    python -m launch.convert --format=open_clip --source=biomedclip --image_size=512 --out=bases/biomedclip
     python -m launch.convert --format=llava_rad --source=llava-rad --base=bases/vicuna --out=bases/llava-rad
     python -m launch.generate --checkpoint=bases/llava-rad --image=film.png --indication="Cough."
 

@@ -4,11 +4,15 @@
     python -m launch.inspect --data=out/openi,out/mimic_cxr --out=out/both.html     # also: what does the one hold out that the other trains on?
     python -m launch.inspect --data=out/mimic_cxr --verify     # is every byte the one that was packed? no page
 
-The page has films with their texts, labels and boxes, token lengths of the findings (with how many are longer than --text_length), counts of
-labels, views and text methods, what packing left out and why, and films that are there twice, equal or much alike. A mixture is shown by its
-members. Up to --films records of each split are read, evenly spaced; duplicates are looked for among all.
+The page has films with their texts, labels and boxes, token lengths of the findings (with how many are longer than --text_length) and of the
+whole rows that the three stages make of them, counts of labels, views and text methods, what packing left out and why, and films that are there
+twice, equal or much alike. A mixture is shown by its members. Up to --films records of each split are read, evenly spaced; duplicates are looked for among all.
 
 The page shows images, texts and ids: it is as sensitive as the corpus. Exit status 1 with --strict if a film that is held out is also trained on.
+
+How long a row should be: for each stage's template the lengths that 50, 90, 99, 99.9 and 100 of 100 rows of --selection do not exceed, and the
+--config.data.text_length and target_length that keep 99 whole and waste least: with the image, the row is a multiple of 128. How many tokens an
+image is, --patch_size says (14; 16 for configs/stage1.py:biomedclip and configs/phantom.py).
 
 Every command that opens a corpus compares sizes and ends of its shards with shards.json; --verify reads them whole and compares checksums,
 after a copy, say, and before a pod starts. It names each shard that is not as it was packed, and ends with exit status 1 if there is one.
@@ -29,6 +33,8 @@ _OUT = flags.DEFINE_string("out", "out/corpus.html", "HTML file to write.")
 _FILMS = flags.DEFINE_integer("films", 20_000, "Records of each split that are counted.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 24, "Films of each corpus that are shown.", lower_bound=0)
 _TEXT_LENGTH = flags.DEFINE_integer("text_length", 256, "Tokens of findings that training would keep.", lower_bound=1)
+_SELECTION = flags.DEFINE_string("selection", "frontal", "Rows of the training split whose lengths are told.")
+_PATCH_SIZE = flags.DEFINE_integer("patch_size", 14, "Side of the image tower's patches in pixels.", lower_bound=1)
 _STRICT = flags.DEFINE_bool("strict", False, "Exit status 1 if a held-out film is also in a training split.")
 _VERIFY = flags.DEFINE_bool(
     "verify", False, "Compare the contents of all shards with their checksums, and do nothing else."
@@ -42,7 +48,7 @@ def main(_: Sequence[str]) -> int:
     if _VERIFY.value:
         return verify(_DATA.value)
     corpora = [corpus for path in _DATA.value for corpus in inspection.members(Path(path))]
-    found = [inspection.look(corpus, _FILMS.value, _SAMPLES.value) for corpus in corpora]
+    found = [inspection.look(corpus, _FILMS.value, _SAMPLES.value, _SELECTION.value) for corpus in corpora]
     rows = inspection.shared(corpora)
     warnings = [line for facts in found for line in cautions(facts, _TEXT_LENGTH.value)]
     leaks = [row for row in rows if row["leak"]]
@@ -50,9 +56,12 @@ def main(_: Sequence[str]) -> int:
         f"{row['first']} and {row['second']} share {row['equal']} equal and {row['near']} similar films."
         for row in leaks
     ]
-    path = corpus_page.write(_OUT.value, [part(facts, _TEXT_LENGTH.value) for facts in found], warnings, shared(rows))
+    parts = [part(facts, _TEXT_LENGTH.value, _SELECTION.value, _PATCH_SIZE.value) for facts in found]
+    path = corpus_page.write(_OUT.value, parts, warnings, shared(rows))
     for facts in found:
         print(f"{facts.corpus.path}: {sum(facts.corpus.splits.values())} films, {len(facts.skipped)} left out")
+        for line in advice(facts, _SELECTION.value, _PATCH_SIZE.value):
+            print(f"  {line}")
     for line in warnings:
         print(f"  look: {line}")
     print(f"wrote {path}")
@@ -93,6 +102,35 @@ def cautions(facts: Any, text_length: int) -> list[str]:
     return lines
 
 
+def percent(share: float) -> str:
+    """As "99.9 %"."""
+    return f"{round(100 * share, 1):g} %"
+
+
+def image_tokens(facts: Any, template: str, patch_size: int) -> int:
+    """How many tokens of a row are the image's; none in the text tower's."""
+    return 0 if template == "clip" else (facts.corpus.image_size // patch_size) ** 2
+
+
+def advice(facts: Any, selection: str, patch_size: int) -> list[str]:
+    """How long the rows of each stage are, and what to set."""
+    from data.inspection import QUANTILES, STAGES, lengths
+
+    if not facts.rows:
+        return [f"no row of {selection} to train on, so no lengths"]
+    lines = []
+    for template, rows in facts.rows.items():
+        found = lengths(rows, tokens := image_tokens(facts, template, patch_size))
+        told = ", ".join(f"{length} in {percent(share)}" for share, length in zip(QUANTILES, found.text, strict=True))
+        target = f" --config.data.target_length={found.target_length}" if found.target_length else ""
+        whole = f", with {tokens:,} of the image a row of {found.row:,}," if tokens else ""
+        lines.append(
+            f"{STAGES[template]} ({template}), {len(rows)} rows of {selection}, text tokens up to {told}: "
+            f"--config.data.text_length={found.text_length}{target}{whole} keeps {percent(found.kept)} whole"
+        )
+    return lines
+
+
 def shared(rows: Sequence[dict[str, Any]]) -> Any:
     """The table of films in two splits; None without any."""
     if not rows:
@@ -105,7 +143,7 @@ def shared(rows: Sequence[dict[str, Any]]) -> Any:
     }
 
 
-def part(facts: Any, text_length: int) -> Any:
+def part(facts: Any, text_length: int, selection: str, patch_size: int) -> Any:
     """A corpus as the page wants it."""
     meta, summary = facts.corpus.meta, facts.corpus.meta["summary"]
     tokens = np.concatenate(list(facts.tokens.values()))
@@ -123,10 +161,33 @@ def part(facts: Any, text_length: int) -> Any:
     return {
         "name": facts.name,
         "tiles": tiles,
-        "histograms": {f"Tokens of findings, {split}": bins(of) for split, of in facts.tokens.items()},
-        "tables": tables(facts, text_length),
+        "histograms": {
+            **{f"Tokens of findings, {split}": bins(of) for split, of in facts.tokens.items()},
+            **{f"Text tokens of a row, {template}": bins(of[:, 0]) for template, of in facts.rows.items()},
+        },
+        "tables": [row_table(facts, selection, patch_size), *tables(facts, text_length)],
         "samples": [sample(record) for record in facts.samples],
     }
+
+
+def row_table(facts: Any, selection: str, patch_size: int) -> dict[str, Any]:
+    """Lengths of whole rows as a table of the page."""
+    from data.inspection import QUANTILES, STAGES, lengths
+
+    rows = []
+    for template, of in facts.rows.items():
+        found = lengths(of, image_tokens(facts, template, patch_size))
+        settings = [found.text_length, found.target_length, found.row, percent(found.kept)]
+        rows.append([f"{STAGES[template]}, {template}, tokens", len(of), *found.text, *settings])
+        if found.target_length:
+            rows.append([f"{STAGES[template]}, {template}, targets", len(of), *found.targets, *[""] * len(settings)])
+    return {
+        "title": f"Lengths of rows of {selection}, and what to set",
+        "note": "Prompt, reason and findings by the corpus's tokenizer, uncut. text_length and target_length are settings of config.data: the shortest "
+        f"that keep 99 of 100 rows whole. A row: with an image of {facts.corpus.image_size} pixels in patches of {patch_size}.",
+        "columns": ["stage", "rows", *(percent(share) for share in QUANTILES), "text_length", "target_length", "row", "whole"],
+        "rows": rows,
+    }  # fmt: skip
 
 
 def bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:

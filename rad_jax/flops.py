@@ -101,7 +101,7 @@ def splash_pairs(length: int, causal: bool) -> float:
     """Pairs of a query and a key that splash attention's blocks cover."""
     from rad_jax.models.attention import _blocks
 
-    padded, block = _blocks(length)
+    padded, block = _blocks(length, causal)
     count = padded // block
     return float(block * block * (count * (count + 1) // 2 if causal else count * count))
 

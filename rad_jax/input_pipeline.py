@@ -125,22 +125,34 @@ def eval_batches(
     return iter(batches.to_iter_dataset(read_options=_read_options(num_threads)))
 
 
+def row_lengths(
+    corpus: Corpus,
+    split: str,
+    selection: str,
+    templates: Sequence[str],
+    numbers: Sequence[int] | np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Tokens and targets of whole rows, int64 [n, 2] for each template; reads every text once, those of `numbers` or all."""
+    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
+    found: dict[str, list[tuple[int, int]]] = {template: [] for template in templates}
+    for number in range(len(source)) if numbers is None else numbers:
+        record = source[int(number)]
+        for template in templates:
+            example = render(tokenizer, template, record, int(number), limit=2**31)
+            found[template].append((len(example.ids), sum(label != prompts.NO_LOSS for label in example.labels)))
+    return {template: np.array(of, np.int64).reshape(-1, 2) for template, of in found.items()}
+
+
 def prompt_lengths(corpus: Corpus, split: str, selection: str, numbers: np.ndarray) -> np.ndarray:
     """Tokens of the prompts of these rows, int64 [n]; reads each once."""
-    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
-    prompts_of = (render(tokenizer, "prompt", source[int(number)], int(number), 2**31) for number in numbers)
-    return np.array([len(prompt.ids) for prompt in prompts_of], int)
+    return row_lengths(corpus, split, selection, ("prompt",), numbers)["prompt"][:, 0]
 
 
 def longest(corpus: Corpus, split: str, selection: str, template: str) -> tuple[int, int]:
     """Most tokens and most targets that a row of this selection needs, each rounded up to a multiple of 8; reads every text once."""
-    source, tokenizer = corpus.source(split, selection), corpus.tokenizer()
-    text = targets = 0
-    for number in range(len(source)):
-        example = render(tokenizer, template, source[number], number, limit=2**31)
-        text = max(text, len(example.ids))
-        targets = max(targets, sum(label != prompts.NO_LOSS for label in example.labels))
-    return -(-text // 8) * 8, 0 if template in _WITHOUT_TARGETS else -(-targets // 8) * 8
+    most = row_lengths(corpus, split, selection, (template,))[template].max(axis=0)
+    text, targets = (-(-most // 8) * 8).tolist()
+    return text, targets
 
 
 def render(

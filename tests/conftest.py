@@ -105,14 +105,14 @@ class Training:
 
         return train_iterator(
             Corpus.open(self.corpus),
-            "train",
+            config.data.split,
             template=config.data.template,
             batch_size=config.batch_size,
             text_length=config.data.text_length,
             target_length=config.data.target_length,
             image_size=32,
             seed=config.seed,
-            selection="frontal",
+            selection=config.data.selection,
         )
 
     def batch(self, config: Any, rows: int = 8, seed: int = 0, blank: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Training:
         from rad_jax import checkpoint, state, tasks, train
         from rad_jax.corpus import Corpus
 
-        data = Corpus.open(self.corpus).identity("train", config.data.selection)
+        data = Corpus.open(self.corpus).identity(config.data.split, config.data.selection)
         runs = [checkpoint.load_run(path) for path in bases]
         checkpoint.open_workdir(workdir, config.to_dict(), data, self.corpus / "tokenizer.json", runs)
         base = state.join(*(run.variables for run in runs))

@@ -1,5 +1,7 @@
 """The TPU's attention kernel and rotary product, run on this CPU in interpreted mode, against the plain ones."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,11 +73,41 @@ def test_kernel_over_a_mesh(training):
 
 
 @pytest.mark.parametrize(
-    ("length", "padded", "block"),
-    [(1, 128, 128), (128, 128, 128), (1024, 1024, 1024), (1370, 1536, 768), (1664, 1792, 896), (1792, 1792, 896)],
+    ("length", "causal", "encoder"),
+    [
+        *((length, (padded, padded), (padded, padded)) for length, padded in ((1, 128), (128, 128), (1024, 1024))),
+        # BiomedCLIP's tower of 512 pixels, that of the paper, and the longest that is one block.
+        (1025, (1280, 640), (1152, 1152)),
+        (1370, (1536, 768), (1408, 1408)),
+        (1408, (1536, 768), (1408, 1408)),
+        *((length, (padded, padded // 2), (padded, padded // 2)) for length, padded in ((1409, 1536), (1664, 1792))),
+    ],
 )
-def test_blocks(length, padded, block):
-    assert attention._blocks(length) == (padded, block)
+def test_blocks(length, causal, encoder):
+    assert attention._blocks(length, causal=True) == causal and attention._blocks(length, causal=False) == encoder
+    assert attention.whole_blocks(length, "splash") == causal[0] and attention.whole_blocks(length, "xla") == length
+
+
+def test_kernels_of_an_image_tower(monkeypatch):
+    """What the kernel is asked for: queries by 128 against all keys, and a backward pass over the whole row, its keys in parts."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    asked, make = [], kernel.make_splash_mha
+
+    def recorded(*arguments, **options):
+        asked.append((*arguments, options["block_sizes"]))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(kernel, "make_splash_mha", recorded)
+    for length, causal in ((1370, False), (1370, True)):
+        x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+        jax.eval_shape(lambda q, c=causal: attention.attend(q, q, q, None, causal=c, impl="splash_interpret"), x)
+    (masks, tower), (_, decoder) = asked
+    assert masks.shape == (1, 1408, 1408)
+    assert (tower.block_q, tower.block_kv, tower.block_kv_compute) == (128, 1408, 1408)
+    assert (tower.block_q_dkv, tower.block_kv_dkv, tower.block_kv_dkv_compute) == (1408, 1408, 128)
+    assert (tower.block_q_dq, tower.block_kv_dq) == (1408, 1408)
+    assert {getattr(decoder, f.name) for f in dataclasses.fields(decoder) if f.name.startswith("block")} == {768}
 
 
 def test_rotary_product_is_exact():

@@ -14,7 +14,16 @@ from rad_jax import optim, state, tasks
 
 EXPERIMENTS = [
     *(f"phantom:{stage}{variant}" for stage in ("lm", "stage1", "stage2", "stage3") for variant in ("", ",full")),
-    *("stage1", "stage2", "stage3", "stage3:v5e-64", "stage3:v5e-256", "stage3:v5p-8", "stage3:full,v5p-64"),
+    *(
+        "stage1",
+        "stage1:biomedclip,v5e-64",
+        "stage2",
+        "stage3",
+        "stage3:v5e-64",
+        "stage3:v5e-256",
+        "stage3:v5p-8",
+        "stage3:full,v5p-64",
+    ),
 ]
 
 

@@ -48,6 +48,25 @@ def test_paper_sweep_uses_what_it_is_given(tmp_path):
     full = [word for step in found.steps for word in step.command if word.startswith("--config=configs/stage3.py:full")]
     assert set(full) == {"--config=configs/stage3.py:full,v5p-64"} and len(full) == 3
     assert f"--base={tmp_path}/given/vicuna,{tmp_path}/given/rad_dino" in [w for s in found.steps for w in s.command]
+    # The public BiomedCLIP has patches of 16: its arms have that tower, and films of its size, in every stage.
+    biomedclip = [step for step in found.steps if f"--data={tmp_path}/images_512" in step.command]
+    tower = [
+        "--config.model.vision.image_size=512",
+        "--config.model.vision.patch_size=16",
+        "--config.model.vision.layer_scale=False",
+    ]
+    assert len(biomedclip) == 3 * (
+        1 + 2 * 3
+    )  # seeds; stage 1 is shared; then stages 2 and 3 and the findings of each arm
+    for step in biomedclip:
+        if "--config=configs/stage1.py:biomedclip,v5p-64" in step.command:
+            assert f"--base={tmp_path}/given/biomedclip" in step.command
+        elif step.command[0] == "launch.train":
+            assert [word for word in step.command if "vision" in word] == tower
+    # Stages of another size of images have it all.
+    small = [step for step in found.steps if f"--data={tmp_path}/images_224" in step.command]
+    trained = [step for step in small if step.command[0] == "launch.train"]
+    assert len(trained) == 9 and all("--config.model.vision.image_size=224" in step.command for step in trained)
     with pytest.raises(UserError, match="--corpora has no rules: give rules=FOLDER"):
         sweep.plan(config, tmp_path, tmp_path, {name: tmp_path for name in names if name != "rules"})
 

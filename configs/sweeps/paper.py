@@ -10,16 +10,32 @@ from typing import Any
 
 import ml_collections
 
+from configs import stage1
+
 SIZES = {"224": ("--config.model.vision.image_size=224",), "336": ("--config.model.vision.image_size=336",)}
+# The public BiomedCLIP, converted with --image_size=512: the tower of configs/stage1.py:biomedclip in all stages.
+_TOWER = tuple(
+    f"--config.model.vision.{key}={stage1.BIOMEDCLIP[key]}" for key in ("image_size", "patch_size", "layer_scale")
+)
+BIOMEDCLIP: dict[str, Any] = {
+    "data": "images_512",
+    "configs": {"stage1": "configs/stage1.py:biomedclip,{machine}"},
+    "stage2": _TOWER,
+    "stage3": _TOWER,
+}
 ARMS: dict[str, dict[str, Any]] = {
     "recipe": {},
     # Image tower: another base for stages 2 and 3, instead of what stage 1 trains.
     **{
         f"tower: {name}": {"bases": {"stage2": ("given/vicuna", f"given/{name}")}}
-        for name in ("openai_clip", "biomedclip", "siglip", "dinov2", "rad_dino")
+        for name in ("openai_clip", "siglip", "dinov2", "rad_dino")
+    },
+    "tower: biomedclip": {
+        **BIOMEDCLIP,
+        "bases": {"stage1": ("given/biomedclip",), "stage2": ("given/vicuna", "given/biomedclip")},
     },
     # BiomedCLIP's own weights trained on with the same pairs.
-    "tower: biomedclip continued": {"bases": {"stage1": ("given/biomedclip",)}},
+    "tower: biomedclip continued": {**BIOMEDCLIP, "bases": {"stage1": ("given/biomedclip",)}},
     # Reports: sections by rules, by a language model, or both.
     "reports: by rules": {"data": "rules"},
     "reports: by a language model": {"data": "structured"},
@@ -35,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "projector of one matrix": dict.fromkeys(("stage2", "stage3"), ("--config.model.projector=linear",)),
     "every weight of the language model": {"configs": {"stage3": "configs/stage3.py:full,{machine}"}},
     **{
-        f"images of {size}": {"data": f"images_{size}", "stage2": flags, "stage3": flags}
+        f"images of {size}": {"data": f"images_{size}", "stage1": flags, "stage2": flags, "stage3": flags}
         for size, flags in SIZES.items()
     },
     # Language model: another converted base.

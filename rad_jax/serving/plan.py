@@ -21,6 +21,9 @@ PREFILL_TOKENS = (
 ALLOWANCE = {"cuda": int(0.7 * GIB), "cpu": int(0.5 * GIB)}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NF4_ROWS, NF4_BLOCK = 2048, 64
+# The release of requirements-serve.txt in the build with Volta's sm_70: PyTorch's for CUDA 12.6, whose last is 2.14. CUDA 13, for which the
+# package index's is, knows no Volta. With the label pip takes it in place of a 2.13.0 that is installed, and keeps it when the lock follows.
+VOLTA_TORCH, VOLTA_INDEX = "2.13.0+cu126", "https://download.pytorch.org/whl/cu126"
 
 # A matrix of the decoder, which int8 and NF4 store smaller; embedding and head are not among them.
 _MATRIX = re.compile(r"language_model\.model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight")
@@ -227,9 +230,8 @@ def check_build(name: str, capability: tuple[int, int], architectures: Sequence[
         ):
             return
     wanted = f"sm_{capability[0]}{capability[1]}"
-    # CUDA 13 has no Volta. Of PyTorch's builds for CUDA 12.6, 2.14 is the last with sm_70, of those for CUDA 12.8, 2.10.
     advice = (
-        "install torch 2.14 of PyTorch's cu126 index, the last with sm_70 (or 2.8 to 2.10 of its cu128 index)"
+        f"pip install torch=={VOLTA_TORCH} --index-url {VOLTA_INDEX}"
         if capability == (7, 0)
         else f"install a build of PyTorch that has {wanted}"
     )

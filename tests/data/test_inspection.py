@@ -19,7 +19,8 @@ from data.phantom.study import study
 from rad_jax import corpus
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
-from rad_jax.input_pipeline import eval_batches
+from rad_jax.input_pipeline import eval_batches, longest
+from rad_jax.prompts import SYSTEM, question
 
 
 def run(*arguments):
@@ -96,6 +97,50 @@ def test_what_is_counted(corpora):
     assert summary["near_duplicates"] == {"in the same split": 0, "in two splits": 0}
 
 
+def test_lengths_of_rows_are_those_of_training(corpora):
+    """Counted by hand, by the batches themselves, and by what was set from them: nothing is cut that was said to be whole."""
+    opened = Corpus.open(corpora[0])
+    rows = inspection.look(opened, films=100, samples=0, progress=False).rows
+    encode = opened.tokenizer().encode
+    texts = [f"Clear. {NASTY}", "Clear.", "Heart is large. " * 20]  # in the order of the corpus
+    prompt = 3 + len(encode(f"{SYSTEM} USER: ")) + len(encode(f"\n{question(None)} ASSISTANT:"))  # and <s>, image, </s>
+    findings = [len(encode(text.strip())) for text in texts]
+    assert rows["v1"].tolist() == [[prompt + n, n + 1] for n in findings]
+    assert rows["plain"].tolist() == [[2 + n, n] for n in (len(encode(text.strip() + "\n")) for text in texts)]
+    assert rows["clip"].tolist() == [[2 + n, 0] for n in findings]
+    sizes: dict[str, Any] = {"batch_size": 3, "image_size": 64, "selection": "frontal"}
+    for template, of in rows.items():
+        found = inspection.lengths(of, 0 if template == "clip" else 16)
+        chosen: dict[str, Any] = {"text_length": found.text_length, "target_length": found.target_length}
+        batch = next(eval_batches(opened, "train", template=template, **sizes, **chosen))
+        assert batch["length"].tolist() == of[:, 0].tolist() and not batch["truncated"].any()
+        if template != "clip":
+            assert batch["target_weights"].sum(axis=1).tolist() == of[:, 1].tolist()
+            assert (found.row, found.row % 128) == (found.text_length + 15, 0)
+        assert longest(opened, "train", "frontal", template)[1] == found.target_length
+    assert (
+        inspection.look(opened, films=2, samples=0, progress=False).rows["v1"].tolist() == rows["v1"][[0, 2]].tolist()
+    )
+    assert not inspection.look(opened, films=2, samples=0, selection="no such", progress=False).rows
+
+
+def test_quantiles_and_what_to_set():
+    rows = np.stack([np.arange(1, 1001), np.arange(1, 1001) // 2], axis=1)[::-1]
+    found = inspection.lengths(rows, 1369)
+    assert (found.text, found.targets) == ([500, 900, 990, 999, 1000], [250, 450, 495, 499, 500])
+    # 990 words and 1,368 more are 2,358: 19 times 128, which has room for 1,064 words.
+    assert (found.row, found.text_length, found.target_length, found.kept) == (2432, 1064, 504, 1.0)
+    # A multiple of 128 that is just reached: ten of the thousand rows are longer, and their targets do not count.
+    found = inspection.lengths(rows, 128 * 12 + 1 - 990)
+    assert (found.row, found.text_length, found.target_length, found.kept) == (1536, 990, 496, 0.99)
+    found = inspection.lengths(rows * [1, 0], 0)
+    assert (found.row, found.text_length, found.target_length, found.kept) == (992, 992, 0, 0.992)
+    # Half of the reports up to 130 words, 99 of 100 up to 220, three longer than 296, as those of Open-i: what configs/stage3.py has.
+    openi = np.repeat([130, 220, 296, 340], [1713, 1678, 31, 3])
+    found = inspection.lengths(np.stack([openi, openi - 64], axis=1), 1369)
+    assert (found.row, found.text_length, found.target_length) == (1664, 296, 232) and found.text[:3] == [130, 220, 220]
+
+
 def test_leaks_between_corpora_are_found(corpora):
     rows = {(row["first"], row["second"]): row for row in inspection.shared([Corpus.open(path) for path in corpora])}
     # Both folders are called corpus; the splits tell them apart here.
@@ -129,6 +174,24 @@ def test_the_command(corpora, tmp_path):
     assert "share 1 equal and 1 similar films" in html and "1 films were missing or damaged" in html
     assert "have more than 40 tokens" in html
     assert "5 films, 2 left out" in said and "Clear." not in said
+    # Two of the three rows are short, the third is not; the page says what the terminal says.
+    (told,) = (line for line in said.splitlines() if line.startswith("  stage 3 (v1), 3 rows of frontal"))
+    opened = Corpus.open(corpora[0])
+    rows = inspection.look(opened, films=100, samples=0, progress=False).rows["v1"]
+    least, middle, most = sorted(rows[:, 0].tolist())
+    settings = inspection.lengths(rows, 16)
+    assert least < middle < most
+    assert f"up to {middle} in 50 %, {most} in 90 %, {most} in 99 %, {most} in 99.9 %, {most} in 100 %: " in told
+    assert (
+        f"--config.data.text_length={settings.text_length} --config.data.target_length={settings.target_length}, "
+        in told
+    )
+    assert told.endswith(f"with 16 of the image a row of {settings.row}, keeps 100 % whole")
+    assert "Lengths of rows of frontal, and what to set" in html and "Text tokens of a row, v1" in html
+    assert (
+        f"<td>{middle}</td><td>{most}</td><td>{most}</td><td>{most}</td><td>{most}</td><td>{settings.text_length}</td>"
+        in html
+    )
     assert run(f"--data={corpora[1]}", f"--out={out}", "--strict")[0] == 0
 
 

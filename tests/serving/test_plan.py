@@ -1,5 +1,6 @@
 """The memory plan counts what will be there, and says no before anything is loaded."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -113,15 +114,34 @@ def test_counted_weights_are_those_in_memory(kind, weights, bundle):
 
 def test_a_build_without_code_for_the_card_is_refused_with_one_that_has_it():
     pypi = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
-    with pytest.raises(
-        UserError, match=r"no code for Tesla V100 \(sm_70; it has sm_75, .*torch 2\.14 of PyTorch's cu126"
-    ):
+    advised = rf"pip install torch=={re.escape(plans.VOLTA_TORCH)} --index-url {plans.VOLTA_INDEX}"
+    with pytest.raises(UserError, match=rf"no code for Tesla V100 \(sm_70; it has sm_75, .*\): {advised}"):
         check_build("Tesla V100", (7, 0), pypi, "2.14.1")
     check_build("Tesla V100", (7, 0), ["sm_50", "sm_60", "sm_70", "sm_75"], "2.14.1+cu126")
     check_build("L4", (8, 9), pypi, "2.14.1")  # sm_86 runs there
     check_build("newer", (12, 1), [*pypi, "compute_120"], "2.14.1")
     with pytest.raises(UserError, match="a build of PyTorch that has sm_61"):
         check_build("P40", (6, 1), pypi, "2.14.1")
+
+
+def test_one_torch_for_volta_everywhere():
+    """The lock's release, or installing the lock would take away what was advised; 2.14 is the last release of that index with sm_70."""
+    root = Path(__file__).resolve().parents[2]
+    locked = re.search(r"^torch==(.+)$", (root / "requirements-serve.txt").read_text(), re.MULTILINE)
+    assert (
+        locked is not None
+        and f"{locked[1]}+cu126" == plans.VOLTA_TORCH
+        and tuple(map(int, locked[1].split("."))) < (2, 15)
+    )
+    line = f"install torch=={plans.VOLTA_TORCH} --index-url {plans.VOLTA_INDEX}"
+    for name in ("requirements-serve.txt", "README.md", "launch/serving_host/README.md"):
+        text = (root / name).read_text(encoding="utf-8")
+        assert line in text and set(re.findall(r"install torch==(\S+)", text)) == {plans.VOLTA_TORCH}, name
+    image = (root / "launch/serving_host/Dockerfile").read_text(encoding="utf-8")
+    assert f"--build-arg=TORCH_INDEX={plans.VOLTA_INDEX}" in image and "ARG TORCH_INDEX=\n" in image
+    given = re.search(r'if \[ -n "\$TORCH_INDEX" \]; then(.*?)fi &&(.*)', image, re.DOTALL)
+    assert given is not None and '--index-url="$TORCH_INDEX" "$(grep ^torch== requirements-serve.txt)"' in given[1]
+    assert "-r requirements-serve.txt" in given[2]  # after it
 
 
 def test_this_machine_has_memory():
