@@ -34,7 +34,7 @@ import rad_jax
 from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder
 from data.selections import count_duplicates, write_indices
-from data.shards import Skip, Stopped, sha256
+from data.shards import BAD_ROWS, Skip, Stopped, sha256
 from rad_jax import prompts
 from rad_jax.corpus import SHARDS, fingerprint_of, known_by
 from rad_jax.errors import UserError, check_format
@@ -116,7 +116,7 @@ def pack(
     workers: int,
     progress: bool = True,
     *,
-    bad_rows: float = 1.0,
+    bad_rows: float = BAD_ROWS,
     beam: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Packs a corpus into the folder `out`.

@@ -196,7 +196,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         *,
         workers: int = 1,
         progress: bool = False,
-        bad_rows: float = 1.0,
+        bad_rows: float = shards.BAD_ROWS,
         work: Path | None = None,
         **kwargs: Any,
     ):
@@ -205,7 +205,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         Args:
             workers: processes that make records.
             progress: show a bar on stderr.
-            bad_rows: share of the inputs that may be missing or damaged.
+            bad_rows: share of the inputs that may be missing or damaged, as `shards.check_broken` counts.
             work: folder in which finished shards wait for the others and outlive a run that was stopped; on the disk of `data_dir`.
             kwargs: for TFDS.
         """
@@ -261,10 +261,10 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         tasks = self.tasks(folder)
         if download_config is not None and (download_config.beam_runner or download_config.beam_options):
             receipts = shards.run_on_beam(
-                tasks, download_config.beam_runner, download_config.beam_options, self.bad_rows
+                tasks, download_config.beam_runner, download_config.beam_options, self.bad_rows, self.skipped
             )
         else:
-            receipts = shards.run(tasks, self.workers, self.progress, self.bad_rows)
+            receipts = shards.run(tasks, self.workers, self.progress, self.bad_rows, self.skipped)
         of_split: dict[str, list[tuple[shards.Task, shards.Receipt]]] = {}
         for task, receipt in zip(tasks, receipts, strict=True):
             of_split.setdefault(task.split, []).append((task, receipt))

@@ -29,8 +29,11 @@ OUT/corpus.json), and --config.data.selection names the one to train on. Rows wi
 is trained on the training reports unless one is given.
 
 Images are packed in shards of up to 1,024. A command that was stopped goes on with the shards that are missing when it is given again, and
-does nothing once the corpus is there; nothing half-written is ever found. OUT/shards.json has a checksum of every shard. --bad_rows=0.001 stops
-when more than a thousandth of the films is missing or damaged; without it all of them are counted and listed.
+does nothing once the corpus is there; nothing half-written is ever found. OUT/shards.json has a checksum of every shard.
+
+Films that are missing or cannot be decoded are bad rows: more than a twentieth of them end the packing, which --bad_rows=0.001 makes a
+thousandth, and --bad_rows=1, for a part of a corpus, as many as there are. The share is of at least 100 films, so that up to five never end
+it. What is left out by a rule (no findings, no label, another part of the body) is no bad row.
 
 On a cluster, Apache Beam does the packing (pip install apache-beam, in an environment of its own because of its older protobuf). Every worker must
 see --source and --out under the same paths, and have this checkout on its path. Tried with the first line only:
@@ -69,7 +72,11 @@ _DICOM = flags.DEFINE_enum(
     "Grey values of DICOM films: as the file says, or as MIMIC-CXR-JPG was made.",
 )
 _BAD_ROWS = flags.DEFINE_float(
-    "bad_rows", 1.0, "Share of the films that may be missing or damaged.", lower_bound=0.0, upper_bound=1.0
+    "bad_rows",
+    0.05,
+    "Share of the films that may be missing or damaged; 1 packs what there is.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _BEAM = flags.DEFINE_list(
     "beam_pipeline_options",

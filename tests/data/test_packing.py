@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import PIL
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from data import packing, records, shards
 from data.packing import Arguments, pack
@@ -325,12 +328,45 @@ def test_finished_shards_are_left_alone_and_damaged_ones_made_again(tmp_path):
 
 
 def test_a_limit_for_damaged_inputs(tmp_path):
-    shards.run(tasks(tmp_path), 1, False, 0.1)  # two of twenty
+    """A share of all inputs, of at least 100; those count too that were known to be missing before a task was made."""
+    told = r"{} inputs cannot be used, more than --bad_rows={} allows; the first is {}, missing image: mend them"
+    shards.run(tasks(tmp_path), 1, False, 0.02)  # two of twenty
+    with pytest.raises(UserError, match=told.format("2 of 20", r"0\.01", "x")):
+        shards.run(tasks(tmp_path), 1, False, 0.01)
+    gone = [shards.Skip(str(number), f"gone{number}", "missing image") for number in range(4)]
+    chosen = [shards.Skip("y", "y", "empty findings")] * 100
+    shards.run(tasks(tmp_path), 1, False, 0.06, gone + chosen)
+    with pytest.raises(UserError, match=told.format("6 of 24", r"0\.05", "gone0")):
+        shards.run(tasks(tmp_path), 1, False, 0.05, chosen + gone)
+    # Nothing is written where the inputs that are missing are too many alone.
+    with pytest.raises(UserError, match=told.format("4 of 24", r"0\.01", "gone0")):
+        shards.run(tasks(tmp_path / "new"), 1, False, 0.01, gone)
+    shards.check_broken(tasks(tmp_path, each=1000, count=20_000), (), 0.05, gone * 250)
+    with pytest.raises(UserError, match=told.format("1056 of 21056", r"0\.05", "gone0")):
+        shards.check_broken(tasks(tmp_path, each=1000, count=20_000), (), 0.05, gone * 264)
+
+
+def test_what_bounds_the_bad_rows_where_nobody_does(tmp_path):
+    """The commands, the functions below them, and a run of a training agree; a corpus of which most is missing is refused as a whole."""
+    from rad_jax.train import Beside
+
+    # Both commands in one process would define the flag twice.
+    texts = ((ROOT / "launch" / name).read_text() for name in ("pack.py", "train.py"))
+    given = {float(value) for text in texts for value in re.findall(r'"bad_rows",\s+([\d.]+),', text)}
+    signatures = (inspect.signature(of).parameters["bad_rows"] for of in (pack, records.CorpusBuilder.__init__))
+    assert given | {Beside().bad_rows} | {of.default for of in signatures} == {shards.BAD_ROWS} == {0.05}
+    rows = ["image,findings", "a.png,Clear.", *(f"{number}.png,Clear." for number in range(6))]
+    (tmp_path / "reports.csv").write_text("\n".join(rows) + "\n")
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    mine = dataclasses.replace(SMALL, dataset="folder", source=str(tmp_path), image_size=16)
     with pytest.raises(
         UserError,
-        match=r"2 of 20 inputs cannot be used, more than --bad_rows=0\.05 allows; the first is x, missing image",
+        match=r"6 of 7 inputs cannot be used, more than --bad_rows=0\.05 allows; the first is 0\.png, missing",
     ):
-        shards.run(tasks(tmp_path), 1, False, 0.05)
+        pack(mine, tmp_path / "c", workers=1, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "reports.csv"]
+    manifest, _ = pack(mine, tmp_path / "c", workers=1, progress=False, bad_rows=1.0)
+    assert manifest["summary"]["written"] == 1 and manifest["summary"]["skipped"] == {"missing image": 6}
 
 
 @pytest.mark.parametrize(
