@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from data.tables import number
+from data.tables import number, sex, years
 
 _SUFFIXES = (".dcm", ".dicom", "")
 _CHEST = ("CHEST", "THORAX", "LUNG", "RIB")
@@ -53,8 +53,8 @@ def read_header(path: Path) -> Header | None:
         return None
     return Header(
         patient=said["PatientID"],
-        sex=said["PatientSex"] if said["PatientSex"] in ("F", "M") else "",
-        age=number(said["PatientAge"]) if not said["PatientAge"].endswith(("M", "W", "D")) else 0,
+        sex=sex(said["PatientSex"]),
+        age=years(said["PatientAge"]),
         view=said["ViewPosition"].upper(),
         unusable=_unusable(said),
     )

@@ -32,7 +32,7 @@ from PIL import features as pillow_features
 
 import rad_jax
 from data.corpora import builder_class
-from data.records import SPLITS, CorpusBuilder
+from data.records import SPLITS, CorpusBuilder, features
 from data.selections import count_duplicates, write_indices
 from data.shards import BAD_ROWS, Skip, Stopped, sha256
 from rad_jax import prompts
@@ -212,7 +212,7 @@ def staging(out: Path, identity: dict[str, Any] | None = None) -> Iterator[tuple
 
 def _versions() -> dict[str, Any]:
     """What else decides the bytes of a record."""
-    return {"rad_jax": rad_jax.__version__, "pillow": PIL.__version__}
+    return {"rad_jax": rad_jax.__version__, "pillow": PIL.__version__, "features": sorted(features())}
 
 
 def _beam_config(options: Sequence[str] | None) -> Any:

@@ -38,9 +38,10 @@ def features() -> tfds.features.FeaturesDict:
 
     `texts` is a JSON list, one object for each text that the film has, as `text` makes it. `labels` follow `CHEXPERT`: 1 positive,
     0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with one object per finding: finding, side, size, place,
-    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `look` is `likeness.look` of the image.
+    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `source_sha256` is that of the film's file, empty where there was
+    none. `look` is `likeness.look` of the image.
     """
-    strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source")
+    strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source", "source_sha256")
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
@@ -96,6 +97,7 @@ def record(
     age: int = -1,
     labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT),
     annotations: Sequence[Mapping[str, Any]] = (),
+    source_sha256: str = "",
 ) -> dict[str, Any]:
     """One record as `features` wants it; `image` is uint8 [Y, X] and `shape` (Y, X) of the original film."""
     return {
@@ -111,6 +113,7 @@ def record(
         "labels": np.asarray(labels, np.int8),
         "annotations": json.dumps(list(annotations)),
         "source": source,
+        "source_sha256": source_sha256,
         "orig_height": int(shape[0]),
         "orig_width": int(shape[1]),
         "look": likeness.look(image),
@@ -146,16 +149,19 @@ class Film:
 def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] | Skip:
     """The record of a film, its short side scaled to `size` pixels, or why there is none; `dicom_style` is one of `images.DICOM_STYLES`.
 
-    A DICOM header is believed where the corpus says nothing: it gives the view, and refuses what is no single grey film of a chest.
+    A DICOM header is believed where the corpus says nothing: it gives view, sex and age, and nothing else, and refuses what is no single grey
+    film of a chest.
     """
     header = dicom.read_header(film.path)
     if header is not None and header.unusable:
         return Skip(film.id, film.path.name, header.unusable)
-    if header is not None and header.view and not film.view:
-        view = "LATERAL" if header.lateral else header.view
-        film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
+    if header is not None:
+        film = _with_header(film, header)
     try:
         small, shape = images.load_short(film.path, size, dicom_style)
+        known_by = shards.sha256(film.path)
+    except OSError as error:  # it went away meanwhile
+        return Skip(film.id, film.path.name, "unreadable image", error.strerror or "")
     except UserError as error:
         return Skip(film.id, film.path.name, "unreadable image", said(error, film.path))
     scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
@@ -165,7 +171,16 @@ def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] |
     ]
     names = {field.name for field in dataclasses.fields(film)} - {"path", "report"}
     known = {name: getattr(film, name) for name in names}
-    return record(image=small, shape=shape, **known | {"annotations": boxed})
+    return record(image=small, shape=shape, **known | {"annotations": boxed, "source_sha256": known_by})
+
+
+def _with_header(film: Film, header: dicom.Header) -> Film:
+    """The film with the header's view, sex and age, each where the corpus says nothing of it."""
+    film = dataclasses.replace(film, sex=film.sex or header.sex, age=film.age if film.age >= 0 else header.age)
+    if film.view or not header.view:
+        return film
+    view = "LATERAL" if header.lateral else header.view
+    return dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
 
 
 def said(error: Exception, path: Path) -> str:

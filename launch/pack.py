@@ -5,7 +5,7 @@ The phantom, drawn chest radiographs with known findings (PHANTOM_SEED=n gives a
   python -m launch.pack --dataset=phantom --image_size=112 --out=out/phantom
 
 Your own data, a folder with images and one CSV (columns image, findings; optional indication, impression, patient,
-view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
+view, sex, age, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
 equalises as MIMIC-CXR-JPG was made, for films that join that corpus):
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films

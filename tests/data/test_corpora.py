@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data.packing import Arguments, pack
 from data.padchest.builder import read_labels
 from data.reports.from_labels import findings_of, of_chexpert
 from data.splits import by_patient, validation_of
+from evaluation.corpus import groups_of
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
@@ -394,10 +396,13 @@ def test_object_cxr(tmp_path):
 
 def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     """A folder of films without a column for the view."""
+    person = {"PatientName": "Doe^Jane", "PatientID": "MRN-4711", "PatientBirthDate": "19300102"}
     tags: dict[str, dict[str, Any]] = {
-        "frontal": {"BodyPartExamined": "CHEST", "ViewPosition": "PA"},
-        "silent": {},
-        "lateral": {"BodyPartExamined": "PORT CHEST", "ViewPosition": "LL"},
+        "frontal": {"BodyPartExamined": "CHEST", "ViewPosition": "PA", "PatientSex": "F", "PatientAge": "090Y"}
+        | person,
+        "silent": {"PatientSex": "O"} | person,
+        "lateral": {"BodyPartExamined": "PORT CHEST", "ViewPosition": "LL", "PatientSex": "F", "PatientAge": "030M"}
+        | person,
         "ankle": {"BodyPartExamined": "ANKLE"},
         "many": {"NumberOfFrames": 2, "PixelData": PIXELS.tobytes() * 2},
         "colour": {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PixelData": PIXELS.tobytes() * 3},
@@ -405,7 +410,11 @@ def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     }
     for name, values in tags.items():
         write_dicom(tmp_path / f"{name}.dcm", **values)
-    rows = [{"image": f"{name}.dcm", "findings": "Clear.", "id": name, "split": "train"} for name in tags]
+    rows = [
+        {"image": f"{name}.dcm", "findings": "Clear.", "id": name, "split": "train", "sex": "", "age": ""}
+        for name in tags
+    ]
+    rows[2] |= {"sex": "male"}
     write_table(tmp_path / "reports.csv", rows)
     manifest, films = packed("folder", tmp_path, tmp_path / "c")
     assert manifest["summary"]["skipped"] == {
@@ -416,6 +425,16 @@ def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     }
     assert manifest["summary"]["views"] == {"PA": 1, "unknown": 1, "LATERAL": 1}
     assert {name: row["frontal"] for name, row in films.items()} == {"frontal": True, "silent": True, "lateral": False}
+    # Sex and age are taken where the table says none; an age that was cut off at 90 stays 90, and months are no years.
+    found = {name: (row["sex"], row["age"]) for name, row in films.items()}
+    assert found == {"frontal": ("F", 90), "silent": ("", -1), "lateral": ("M", 2)}
+    for name, row in films.items():
+        data = (tmp_path / f"{name}.dcm").read_bytes()
+        assert row["source_sha256"] == hashlib.sha256(data).hexdigest() and row["patient"] == name
+        assert b"MRN-4711" in data
+    written = b"".join(path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
+    assert not any(secret in written for secret in (b"Doe", b"Jane", b"4711", b"19300102"))
+    assert groups_of(films)["frontal"] == {"view": "PA", "sex": "F", "age": "80+", "indication": "absent"}
 
 
 def test_the_real_dicom_files(real, tmp_path):
@@ -484,6 +503,14 @@ def test_a_table_that_is_another_or_damaged_is_refused(dataset, tmp_path):
 def test_cells_that_begin_with_a_number():
     cells = {"058Y": 58, "63.0": 63, "85 or more": 85, "": -1, "nan": -1, "0": 0}
     assert {cell: tables.number(cell) for cell in cells} == cells
+
+
+def test_ages_and_sexes():
+    ages = {"058Y": 58, "090Y+": 90, "006M": 0, "030M": 2, "060W": 1, "400D": 1, "63.0": 63, "85 or more": 85, " 7 ": 7}
+    none = dict.fromkeys(("", "nan", "Y", "414Y", "66m", "12345678901234567890", "-3"), -1)
+    assert {cell: tables.years(cell) for cell in ages | none} == ages | none
+    sexes = {"F": "F", "male": "M", " Female ": "F", "O": "", "Unknown": "", "": ""}
+    assert {cell: tables.sex(cell) for cell in sexes} == sexes
 
 
 def test_texts_of_labels():
