@@ -33,7 +33,7 @@ from PIL import features as pillow_features
 import rad_jax
 from data.corpora import builder_class
 from data.records import SPLITS, CorpusBuilder, features
-from data.selections import count_duplicates, write_indices
+from data.selections import count_duplicates, count_patients, write_indices
 from data.shards import BAD_ROWS, Skip, Stopped, sha256
 from rad_jax import prompts
 from rad_jax.corpus import SHARDS, fingerprint_of, known_by
@@ -313,6 +313,7 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
             "counts": dict(builder.counts),
             "views": dict(builder.views.most_common()),
+            "patients": count_patients(folder, SPLITS),
             "duplicate_images": duplicates["equal"],
             "near_duplicates": duplicates["near"],
             "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),

@@ -25,6 +25,7 @@ from data.labels import CHEXPERT, NOT_STATED
 from data.reports import structure
 from data.selections import COMMON, Selection
 from data.shards import Skip as Skip
+from data.splits import check_patients
 from rad_jax import images
 from rad_jax.chat import access as levels
 from rad_jax.errors import UserError
@@ -191,7 +192,7 @@ def said(error: Exception, path: Path) -> str:
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
     """Base of the builders: splits of jobs in, records or skips out, in shards that are written one by one.
 
-    A subclass gives `jobs`, `maker` and `key`. After `download_and_prepare`, `skipped` lists what was left out, `written`
+    A subclass gives `jobs`, `maker`, `key` and `patient`. After `download_and_prepare`, `skipped` lists what was left out, `written`
     counts the records of each split, `views` those of each view, and `counts` is what else the corpus counted of its input.
     """
 
@@ -247,14 +248,21 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
     def key(self, job: Any) -> str:
         """The id of a job's record, which no other job of its split has."""
 
+    @abc.abstractmethod
+    def patient(self, job: Any) -> str:
+        """Whose film a job's record will be."""
+
     def tasks(self, folder: Path) -> list[shards.Task]:
         """The shards of all splits, to be written to `folder`; within a split the records are in the order of their ids' hashes.
 
         Raises:
-            UserError: there is nothing to write, or two inputs have one id.
+            UserError: there is nothing to write, two inputs have one id, or a patient is in two splits.
         """
-        made = []
-        for split, jobs in self.final_jobs().items():
+        made, of_split = [], self.final_jobs()
+        check_patients(
+            {split: [(self.patient(job), self.key(job)) for job in jobs] for split, jobs in of_split.items()}
+        )
+        for split, jobs in of_split.items():
             order = hashing.Hasher(split)  # the order in which TFDS itself would write them
             hashed = {order.hash_key(self.key(job)): job for job in jobs}
             if len(hashed) < len(jobs):
@@ -362,6 +370,9 @@ class SourceBuilder(CorpusBuilder):
 
     def key(self, job: Film) -> str:
         return job.id
+
+    def patient(self, job: Film) -> str:
+        return job.patient
 
     def final_jobs(self) -> dict[str, list[Film]]:
         of_split = self.jobs()

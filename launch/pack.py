@@ -24,6 +24,8 @@ Reports that launch.structure has rewritten are packed as further texts of their
 
   python -m launch.pack --dataset=openi --source=openi --structured=out/openi.structured.jsonl --out=out/openi
 
+No patient is in two splits: what would put one there, a table or a column split, is refused before a film is read.
+
 One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
 OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
 is trained on the training reports unless one is given.
@@ -121,6 +123,8 @@ def main(argv: Sequence[str]) -> None:
         f", skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped}), see {out / 'skipped.csv'}" if skipped else "")
     )
+    patients = ", ".join(f"{count} {split}" for split, count in summary.get("patients", {}).items())
+    print(f"  patients, none in two splits: {patients or 'not counted'}")
     print("  views: " + ", ".join(f"{count} {view}" for view, count in summary["views"].items()))
     for name, count in summary["counts"].items():
         print(f"  {name}: {count}")

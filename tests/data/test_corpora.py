@@ -20,7 +20,9 @@ from data.dicom import read_header
 from data.labels import CHEXPERT
 from data.packing import Arguments, pack
 from data.padchest.builder import read_labels
+from data.records import Film
 from data.reports.from_labels import findings_of, of_chexpert
+from data.selections import count_patients
 from data.splits import by_patient, validation_of
 from evaluation.corpus import groups_of
 from rad_jax.corpus import Corpus
@@ -82,6 +84,8 @@ def packed(dataset: str, source: Path, out: Path) -> tuple[dict[str, Any], dict[
     for split in manifest["splits"]:
         patients.append({row["patient"] for row in rows.values() if row["split"] == split})
     assert sum(map(len, patients)) == len(set.union(*patients))
+    counted = manifest["summary"]["patients"]
+    assert counted == dict(zip(manifest["splits"], map(len, patients), strict=True))
     return manifest, rows
 
 
@@ -521,6 +525,55 @@ def test_texts_of_labels():
     assert of_chexpert([-2] * 14) == ""
     vector = dict.fromkeys(CHEXPERT, -2) | {"No Finding": 1, "Edema": -1}
     assert of_chexpert(list(vector.values())) == "Possible edema."
+
+
+@pytest.mark.parametrize("dataset", sorted(CORPORA))
+def test_no_corpus_may_have_a_patient_in_two_splits(dataset, tmp_path, monkeypatch):
+    """Whatever a builder's tables say; a film of the patient is named, the patient is not."""
+    given: dict[str, Any] = {"source": tmp_path} if dataset != "phantom" else {}
+    builder = builder_class(dataset)(image_size=20, data_dir=tmp_path / "out", **given)
+    jobs: dict[str, list[Any]]
+    if dataset == "phantom":
+        jobs = {"train": [(0, 0), (1, 0)], "test": [(2, 0), (1, 1)]}
+        named = "phantom-0-00001-1"
+    else:
+        known: dict[str, Any] = {"study": "s", "view": "PA", "frontal": True, "texts": []}
+        films = [
+            Film(path=tmp_path / name, id=name, patient=f"secret-{patient}", **known)
+            for name, patient in (("a", 1), ("b", 2), ("c", 3), ("d", 2), ("e", 2))
+        ]
+        jobs = {"train": films[:2], "validation": [], "test": films[2:]}
+        named = "d"
+    monkeypatch.setattr(builder, "jobs", lambda: jobs)
+    with pytest.raises(
+        UserError, match=f"1 patients are in more than one split; that of {named}, in test, is in train"
+    ) as told:
+        builder.tasks(tmp_path)
+    assert "secret" not in str(told.value)
+    jobs["test"] = jobs["test"][:1]
+    assert [task.split for task in builder.tasks(tmp_path)] == ["train", "test"]
+
+
+def test_published_tables_with_a_patient_in_two_splits(tmp_path):
+    source = tmp_path / "CheXpert-v1.0"
+    for name, study in (("train", 1), ("valid", 2)):
+        row = chexpert_row(f"{name}/patient00001/study{study}/view1_frontal.jpg", No_Finding="1.0")
+        write_table(source / f"{name}.csv", [row])
+        write_film(source / row["Path"].removeprefix("CheXpert-v1.0/"))
+    with pytest.raises(UserError, match=r"that of patient00001-study2-view1_frontal, in validation, is in train too"):
+        packed("chexpert", source, tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["CheXpert-v1.0"]
+
+
+def test_patients_of_records_are_counted_and_compared(tmp_path):
+    (tmp_path / "index").mkdir()
+    for split, patients in {"train": [7, 7, 9], "validation": [], "test": [8]}.items():
+        np.save(tmp_path / f"index/patients-{split}.npy", np.array(patients, np.uint64))
+    splits = ("train", "validation", "test")
+    assert count_patients(tmp_path, splits) == {"train": 2, "validation": 0, "test": 1}
+    np.save(tmp_path / "index/patients-test.npy", np.array([8, 9, 9], np.uint64))
+    with pytest.raises(UserError, match="1 patients have records in more than one split"):
+        count_patients(tmp_path, splits)
 
 
 def test_splits_by_patient_do_not_depend_on_order():

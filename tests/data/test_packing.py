@@ -70,6 +70,7 @@ def test_what_a_corpus_holds(corpus):
         "duplicate_images": equal,
         "near_duplicates": equal,
         "views": {"PA": 14, "AP": 6},
+        "patients": {"train": 10, "validation": 1, "test": 2},
     }
     manifest["summary"]["bytes"] = size
     assert (out / "skipped.csv").read_text().strip() == "id,image,reason,detail"
