@@ -20,13 +20,14 @@ _TAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What is not given is empty, an age -1; `unusable` says why this is no film to pack, in a phrase that can be counted."""
+    """What is not given is empty, an age -1; `unusable` says why this is no film to pack, in a phrase that can be counted; `shape` is (Y, X)."""
 
     patient: str
     sex: str
     age: int
     view: str
     unusable: str
+    shape: tuple[int, int] = (0, 0)
 
     @property
     def lateral(self) -> bool:
@@ -57,6 +58,7 @@ def read_header(path: Path) -> Header | None:
         age=years(said["PatientAge"]),
         view=said["ViewPosition"].upper(),
         unusable=_unusable(said),
+        shape=(number(said["Rows"], 0), number(said["Columns"], 0)),
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
 from data import tables
+from data.candid_ptx.builder import box_of
 from data.corpora import CORPORA, builder_class
 from data.dicom import read_header
 from data.labels import CHEXPERT
@@ -313,24 +315,61 @@ def test_brax(tmp_path):
     assert (films["image-1"]["patient"], films["image-1"]["study"]) == ("id1", "a1")
 
 
+def runs(mask: np.ndarray) -> str:
+    """A mask [Y, X] as CANDID-PTX has it: down the columns, each run by the pixels since the one before, and its own."""
+    flat = np.concatenate([[0], mask.T.reshape(-1).astype(int), [0]])
+    edges = np.flatnonzero(np.diff(flat))
+    return " ".join(map(str, np.diff(edges, prepend=0)))
+
+
+def test_boxes_of_masks():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random((7, 5)) < 0.1 + 0.5 * rng.random()
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        assert mask.any()
+        assert box_of(runs(mask), (7, 5)) == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    # The first runs of a published mask of the same form: rows 548 to 570, 543 to 575 and 538 to 580 of three columns.
+    assert box_of("387620 23 996 33 986 43", (1024, 1024)) == [378, 538, 381, 581]
+    for mask_ in ("", "-1", "1", "1 2 3", "a b", "1 -2", "34 2", "5 0", "9" * 30 + " 1", "1.5 2"):
+        assert box_of(mask_, (7, 5)) is None, mask_
+
+
 def test_candid_ptx(tmp_path):
     source = tmp_path / "candid"
 
-    def row(number: int, mask: str, report: str = "CXR: The lungs\nare clear.") -> dict[str, Any]:
-        return {"SOPInstanceUID": f"1.2.276.{number}", "EncodedPixels": mask, "Report": report}
+    def row(number: int, mask: str, report: str = "CXR: The lungs\nare clear.", patient: int = 0) -> dict[str, Any]:
+        film = {"SOPInstanceUID": f"1.2.276.{number}", "EncodedPixels": mask, "Report": report}
+        return film | {"filename": f"P{patient}_{number}.dcm" if patient else ""}
 
-    long = "1 2 " * 50_000  # longer than Python's reader takes by default
-    rows = [row(1, "-1"), row(2, long), row(2, "7 8 9 9"), row(3, "-1", " "), row(4, "-1"), row(5, "-1"), row(6, "")]
+    mask = np.zeros(PIXELS.shape, bool)
+    mask[9:27, 3:12] = mask[30:33, 6:9] = True
+    long = "1 2 " * 50_000  # longer than Python's reader takes by default, and than the film
+    rows = [row(1, "-1"), row(2, long), row(2, runs(mask)), row(2, runs(np.ones(PIXELS.shape, bool)))]
+    rows += [row(3, "-1", " "), row(4, "-1"), row(5, "-1"), row(6, "")]
+    rows += [row(7, runs(mask), patient=7), row(8, "-1", patient=7), row(9, "-1", patient=7), row(9, "-1", patient=8)]
     write_table(source / "Pneumothorax_reports.csv", rows)
-    for number in (1, 2, 3, 6):
+    for number in (1, 2, 3, 6, 7, 8, 9):
         tags = {"PatientID": f"p{number % 2}", "PatientSex": "F", "PatientAge": "058Y", "ViewPosition": "AP"}
         write_dicom(source / "dataset" / f"1.2.276.{number}", **tags)
     (source / "dataset" / "1.2.276.5").write_bytes(b"not a DICOM file")
 
     manifest, films = packed("candid_ptx", source, tmp_path / "c")
-    assert manifest["summary"]["counts"] == {"rows": 7, "films with several rows": 1}
-    assert manifest["summary"]["skipped"] == {"no report": 1, "missing image": 1, "unreadable image": 1}
+    assert manifest["summary"]["counts"] == {
+        "rows": 12,
+        "films with several rows": 2,
+        "masks": 4,
+        "masks that do not fit their film": 1,
+    }
+    skipped = {"no report": 1, "missing image": 1, "unreadable image": 1, "of several patients": 1}
+    assert manifest["summary"]["skipped"] == skipped
     assert [stated(films[f"1.2.276.{n}"]) for n in (1, 2, 6)] == [{"Pneumothorax": 0}, {"Pneumothorax": 1}, {}]
+    # The film of 45 x 30 became 30 x 20, and the boxes with it; each row's mask has one.
+    boxes = {n: [(a["finding"], a["box"]) for a in json.loads(films[f"1.2.276.{n}"]["annotations"])] for n in (1, 2, 7)}
+    one, whole = ("Pneumothorax", [2.0, 6.0, 8.0, 22.0]), ("Pneumothorax", [0.0, 0.0, 20.0, 30.0])
+    assert boxes == {1: [], 2: [one, whole], 7: [one]}
+    assert films["1.2.276.7"]["patient"] == films["1.2.276.8"]["patient"] == "P7"
+    assert films["1.2.276.7"]["split"] == films["1.2.276.8"]["split"]
     film = films["1.2.276.2"]
     assert (film["findings"], film["patient"], film["sex"], film["age"]) == ("CXR: The lungs are clear.", "p0", "F", 58)
     assert film["method"] == "report" and film["frontal"]
