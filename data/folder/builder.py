@@ -125,7 +125,8 @@ class Folder(records.SourceBuilder):
         usable = []
         for row in read_rows(path):
             reason = "" if row["findings"] else "empty findings"
-            if not reason and not (row["image"] and (path.parent / row["image"]).is_file()):
+            there = row["image"] and (path.parent / row["image"]).is_file()
+            if self.films_needed and not reason and not there:
                 reason = "missing image"
             if reason:
                 self.skipped.append(records.Skip(row["id"], row["image"], reason))
