@@ -3,6 +3,7 @@ be passed on.
 
   Pneumothorax_reports.csv     SOPInstanceUID, EncodedPixels (a mask, or -1 for none), Report, and filename, which begins with the patient (P12_...);
                                a film with two masks has two rows
+  chest_tube.csv, acute_rib_fracture.csv      optional: anon_SOPUID and mask_rle, one row for each mask of a chest tube or of a fracture
   dataset/SOPInstanceUID       DICOM files without a suffix
 
   python -m launch.pack --dataset=candid_ptx --source=candid --out=out/candid_ptx
@@ -14,6 +15,7 @@ where the table has no filename. The splits are ours, by patient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data import dicom, labels, records, splits, tables
@@ -21,6 +23,11 @@ from rad_jax.chat.access import CREDENTIALED
 
 TABLE, FILMS = "Pneumothorax_reports.csv", "dataset"
 FINDING, NO_MASK = "Pneumothorax", "-1"
+# Tables of other masks, their finding, and CheXpert's label for it.
+OTHERS = {
+    "chest_tube.csv": ("Chest tube", "Support Devices"),
+    "acute_rib_fracture.csv": ("Acute rib fracture", "Fracture"),
+}
 
 
 class CandidPtx(records.SourceBuilder):
@@ -31,13 +38,19 @@ class CandidPtx(records.SourceBuilder):
 
     @classmethod
     def defining(cls, source: Path) -> list[Path]:
-        return [tables.find(source, TABLE)]
+        return [tables.find(source, TABLE), *(path for name in OTHERS if (path := source / name).is_file())]
 
     def jobs(self) -> dict[str, list[records.Film]]:
+        table, *others = self.defining(self.source)
         rows: dict[str, list[tables.Row]] = {}
-        for row in tables.read(self.defining(self.source)[0], "SOPInstanceUID", "EncodedPixels", "Report"):
+        masks: dict[str, list[tuple[str, str]]] = {}
+        for row in tables.read(table, "SOPInstanceUID", "EncodedPixels", "Report"):
             rows.setdefault(row["SOPInstanceUID"], []).append(row)
+            masks.setdefault(row["SOPInstanceUID"], []).append((FINDING, row["EncodedPixels"]))
             self.counts["rows"] += 1
+        for path in others:
+            for row in tables.read(path, "anon_SOPUID", "mask_rle"):
+                masks.setdefault(row["anon_SOPUID"], []).append((OTHERS[path.name][0], row["mask_rle"]))
         self.counts["films with several rows"] = sum(len(of_film) > 1 for of_film in rows.values())
         films = []
         for name, of_film in rows.items():
@@ -56,25 +69,36 @@ class CandidPtx(records.SourceBuilder):
                 self.skipped.append(records.Skip(name, name, reason))
                 continue
             assert header is not None
-            made = film(path, header, of_film, report)
+            drawn = [(finding, mask) for finding, mask in masks[name] if mask not in ("", NO_MASK)]
+            cells = [row["EncodedPixels"] for row in of_film]
+            made = film(path, header, drawn, cells, report, patient_of(of_film[0]))
             films.append(made)
-            masks = sum(row["EncodedPixels"] not in ("", NO_MASK) for row in of_film)
-            self.counts["masks"] += masks
-            self.counts["masks that do not fit their film"] += masks - len(made.annotations)
+            self.counts["masks"] += len(drawn)
+            self.counts["masks that do not fit their film"] += len(drawn) - len(made.annotations)
         split_of = splits.by_patient(film.patient for film in films)
         return {split: [film for film in films if split_of[film.patient] == split] for split in records.SPLITS}
 
 
-def film(path: Path, header: dicom.Header, rows: list[tables.Row], report: str) -> records.Film:
-    """The film of all rows of one image. A mask that does not fit it gives no box, and the label all the same."""
-    masks = {row["EncodedPixels"] for row in rows} - {""}
-    stated = int(masks != {NO_MASK}) if masks else labels.NOT_STATED
-    boxes = (box_of(row["EncodedPixels"], header.shape) for row in rows)
-    vector = [stated if name == FINDING else labels.NOT_STATED for name in labels.CHEXPERT]
+def film(
+    path: Path, header: dicom.Header, masks: Sequence[tuple[str, str]], cells: Sequence[str], report: str, patient: str
+) -> records.Film:
+    """The film of all rows of one image.
+
+    Args:
+        path, header: its file, and what that says.
+        masks: (finding, mask); one that does not fit the film gives no box, and the label all the same.
+        cells: of the pneumothorax table: a mask, `NO_MASK` where there is none, or empty.
+        report: its text.
+        patient: empty where the table does not say.
+    """
+    stated = {label: 1 for finding, label in OTHERS.values() if any(finding == name for name, _ in masks)}
+    if told := set(cells) - {""}:
+        stated[FINDING] = int(told != {NO_MASK})
+    boxes = ((finding, box_of(mask, header.shape)) for finding, mask in masks)
     return records.Film(
         path=path,
         id=path.name,
-        patient=patient_of(rows[0]) or header.patient or path.name,
+        patient=patient or header.patient or path.name,
         study=path.name,
         view="LATERAL" if header.lateral else header.view,
         # A header that says nothing is of a frontal film, as nearly all are.
@@ -82,8 +106,8 @@ def film(path: Path, header: dicom.Header, rows: list[tables.Row], report: str) 
         texts=[records.text(report)],
         sex=header.sex,
         age=header.age,
-        labels=vector,
-        annotations=[records.boxed(FINDING, box) for box in boxes if box],
+        labels=[stated.get(name, labels.NOT_STATED) for name in labels.CHEXPERT],
+        annotations=[records.boxed(finding, box) for finding, box in boxes if box],
         source="CANDID-PTX",
     )
 

@@ -349,6 +349,9 @@ def test_candid_ptx(tmp_path):
     rows += [row(3, "-1", " "), row(4, "-1"), row(5, "-1"), row(6, "")]
     rows += [row(7, runs(mask), patient=7), row(8, "-1", patient=7), row(9, "-1", patient=7), row(9, "-1", patient=8)]
     write_table(source / "Pneumothorax_reports.csv", rows)
+    tubes = [(1, runs(mask)), (1, "-1"), (7, "1 0"), (99, runs(mask))]
+    tubes_ = [{"anon_SOPUID": f"1.2.276.{number}", "annotation_ref": "a", "mask_rle": cell} for number, cell in tubes]
+    write_table(source / "chest_tube.csv", tubes_)
     for number in (1, 2, 3, 6, 7, 8, 9):
         tags = {"PatientID": f"p{number % 2}", "PatientSex": "F", "PatientAge": "058Y", "ViewPosition": "AP"}
         write_dicom(source / "dataset" / f"1.2.276.{number}", **tags)
@@ -358,16 +361,18 @@ def test_candid_ptx(tmp_path):
     assert manifest["summary"]["counts"] == {
         "rows": 12,
         "films with several rows": 2,
-        "masks": 4,
-        "masks that do not fit their film": 1,
+        "masks": 6,
+        "masks that do not fit their film": 2,
     }
     skipped = {"no report": 1, "missing image": 1, "unreadable image": 1, "of several patients": 1}
     assert manifest["summary"]["skipped"] == skipped
-    assert [stated(films[f"1.2.276.{n}"]) for n in (1, 2, 6)] == [{"Pneumothorax": 0}, {"Pneumothorax": 1}, {}]
+    tube, seen = {"Support Devices": 1}, {"Pneumothorax": 1}
+    wanted = [{"Pneumothorax": 0} | tube, seen, {}, seen | tube]
+    assert [stated(films[f"1.2.276.{n}"]) for n in (1, 2, 6, 7)] == wanted
     # The film of 45 x 30 became 30 x 20, and the boxes with it; each row's mask has one.
     boxes = {n: [(a["finding"], a["box"]) for a in json.loads(films[f"1.2.276.{n}"]["annotations"])] for n in (1, 2, 7)}
     one, whole = ("Pneumothorax", [2.0, 6.0, 8.0, 22.0]), ("Pneumothorax", [0.0, 0.0, 20.0, 30.0])
-    assert boxes == {1: [], 2: [one, whole], 7: [one]}
+    assert boxes == {1: [("Chest tube", one[1])], 2: [one, whole], 7: [one]}
     assert films["1.2.276.7"]["patient"] == films["1.2.276.8"]["patient"] == "P7"
     assert films["1.2.276.7"]["split"] == films["1.2.276.8"]["split"]
     film = films["1.2.276.2"]
@@ -400,7 +405,7 @@ def test_vindr_cxr(tmp_path):
     )
     write_table(source / "annotations/annotations_test.csv", [{"image_id": "e"} | none])
     for image in votes:
-        write_dicom(source / "train" / f"{image}.dicom")
+        write_dicom(source / "train" / f"{image}.dicom", PatientSex="F" if image == "a" else "", PatientAge="045Y")
     write_dicom(source / "test" / "e.dicom")
 
     manifest, films = packed("vindr_cxr", source, tmp_path / "c")
@@ -410,6 +415,8 @@ def test_vindr_cxr(tmp_path):
     assert '"box": [2.0, 4.0, 10.0, 20.0]' in films["a"]["annotations"] and films["b"]["annotations"] == "[]"
     assert films["b"]["findings"] == films["d"]["findings"] == "No abnormality is labelled."
     assert films["e"]["findings"] == "Edema." and films["e"]["split"] == "test"
+    known = [(films[image]["sex"], films[image]["age"]) for image in ("a", "b", "e")]  # which the tables do not say
+    assert known == [("F", 45), ("", 45), ("", -1)]
 
 
 def test_object_cxr(tmp_path):

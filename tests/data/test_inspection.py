@@ -165,7 +165,7 @@ def tiles(section: str) -> dict[str, str]:
     }
 
 
-def bars(section: str) -> dict[str, list[tuple[int, int, int]]]:
+def bars(section: str) -> dict[str, list[tuple[int, ...]]]:
     """Title -> (least, greatest, texts) of every bar of the histograms."""
     return {
         title: [tuple(map(int, bar)) for bar in re.findall(r"<title>(\d+) to (\d+) tokens: (\d+)</title>", drawn)]
