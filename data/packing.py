@@ -133,8 +133,8 @@ def pack(
         The manifest, and whether it was packed now (False: it was there already).
 
     Raises:
-        UserError: wrong arguments or input, `out` holds something else, or too many inputs are damaged.
-        shards.Stopped: worker processes were killed; the next call goes on.
+        UserError: wrong arguments or input, or `out` holds something else.
+        shards.Stopped: worker processes were killed, or too many inputs are damaged; the next call goes on.
     """
     arguments.check()
     out = out.expanduser().absolute()
@@ -179,9 +179,9 @@ def existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 def staging(out: Path, identity: dict[str, Any] | None = None) -> Iterator[tuple[Path, Path]]:
     """A folder beside `out` to build in, and one for finished shards, which outlives a pack that was stopped.
 
-    A pack that ends with a corpus or with a mistake of the user's leaves nothing. What is left by one that was killed, stopped by
-    a full disk, or lost its workers, is used by a pack of the same `identity` and removed by any other. A file lock, which the system
-    drops with the process, tells a running pack from a killed one.
+    A pack that ends with a corpus or with a mistake of the user's leaves nothing. What is left by one that was killed, stopped by a full disk
+    or by damaged films, or lost its workers, is used by a pack of the same `identity` and removed by any other. A file lock, which the
+    system drops with the process, tells a running pack from a killed one.
     """
     outer = out.parent / f".{out.name}.packing"
     outer.mkdir(parents=True, exist_ok=True)

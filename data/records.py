@@ -39,8 +39,8 @@ def features() -> tfds.features.FeaturesDict:
 
     `texts` is a JSON list, one object for each text that the film has, as `text` makes it. `labels` follow `CHEXPERT`: 1 positive,
     0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with one object per finding: finding, side, size, place,
-    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `source_sha256` is that of the film's file, empty where there was
-    none. `look` is `likeness.look` of the image.
+    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `source_sha256` is that of the
+    film's file, empty where there was none. `look` is `likeness.look` of the image.
     """
     strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source", "source_sha256")
     return tfds.features.FeaturesDict(

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -161,19 +161,18 @@ def run(
         The receipts, in the order of the tasks.
 
     Raises:
-        Stopped: worker processes were killed again and again.
-        UserError: more inputs than that are missing or damaged.
+        Stopped: worker processes were killed again and again, or more inputs than that are missing or damaged.
     """
     done = {task.path: receipt for task in tasks if (receipt := finished(task))}
     todo = [task for task in tasks if task.path not in done]
     total = sum(len(task.jobs) for task in tasks)
-    check_broken(tasks, done.values(), bad_rows, known)
+    check_broken(tasks, done, bad_rows, known)
     kept = sum(receipt.wanted for receipt in done.values())
     with tqdm.tqdm(total=total, initial=kept, desc="packing", unit="film", disable=not progress) as bar:
         for task, receipt in _each(todo, workers):
             done[task.path] = receipt
             bar.update(receipt.wanted)
-            check_broken(tasks, done.values(), bad_rows, known)
+            check_broken(tasks, done, bad_rows, known)
     for part in {part for folder in {task.path.parent for task in tasks} for part in folder.glob("*.part")}:
         part.unlink()  # of a process that was killed
     return [done[task.path] for task in tasks]
@@ -192,7 +191,7 @@ def run_on_beam(
     """
     import apache_beam as beam
 
-    check_broken(tasks, (), bad_rows, known)
+    check_broken(tasks, {}, bad_rows, known)
     todo = [task for task in tasks if not finished(task)]
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         shards = pipeline | "Shards" >> beam.Create(todo) | "Share" >> beam.Reshuffle()
@@ -200,30 +199,36 @@ def run_on_beam(
     receipts = [receipt for task in tasks if (receipt := finished(task))]
     if len(receipts) < len(tasks):
         raise Stopped(f"{len(tasks) - len(receipts)} of {len(tasks)} shards are missing: run the same command again.")
-    check_broken(tasks, receipts, bad_rows, known)
+    check_broken(tasks, {task.path: receipt for task, receipt in zip(tasks, receipts, strict=True)}, bad_rows, known)
     return receipts
 
 
 def check_broken(
-    tasks: Sequence[Task], receipts: Iterable[Receipt], bad_rows: float, known: Sequence[Skip] = ()
+    tasks: Sequence[Task], done: Mapping[Path, Receipt], bad_rows: float, known: Sequence[Skip] = ()
 ) -> None:
-    """Raises UserError when more than this share of the inputs is missing or damaged; names the first.
+    """Raises Stopped when more than this share of the inputs is missing or damaged; names the first.
+
+    Shards that lack such an input are then no longer finished, so that the next run finds it mended.
 
     Args:
         tasks: all of them.
-        receipts: of those that are done.
+        done: path -> receipt of those that are finished.
         bad_rows: the share, of at least `_BAD_LEAST` inputs.
         known: as in `run`; of these too only what is `BROKEN` counts, among the inputs and against the limit.
     """
     before = [skip for skip in known if skip.reason in BROKEN]
-    found = before + [skip for receipt in receipts for skip in receipt.skipped if skip.reason in BROKEN]
+    found = before + [skip for receipt in done.values() for skip in receipt.skipped if skip.reason in BROKEN]
     total = len(before) + sum(len(task.jobs) for task in tasks)
-    if len(found) > bad_rows * max(total, _BAD_LEAST):
-        first = found[0]
-        raise UserError(
-            f"{len(found)} of {total} inputs cannot be used, more than --bad_rows={bad_rows:g} allows; the first is {first.image}, "
-            f"{first.reason}: mend them, or allow more."
-        )
+    if len(found) <= bad_rows * max(total, _BAD_LEAST):
+        return
+    for task in tasks:
+        if task.path in done and any(skip.reason in BROKEN for skip in done[task.path].skipped):
+            task.receipt.unlink(missing_ok=True)
+    first = found[0]
+    raise Stopped(
+        f"{len(found)} of {total} inputs cannot be used, more than --bad_rows={bad_rows:g} allows; the first is {first.image}, "
+        f"{first.reason}: mend them, or allow more."
+    )
 
 
 def place(task: Task, path: Path) -> None:

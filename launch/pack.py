@@ -35,7 +35,8 @@ does nothing once the corpus is there; nothing half-written is ever found. OUT/s
 
 Films that are missing or cannot be decoded are bad rows: more than a twentieth of them end the packing, which --bad_rows=0.001 makes a
 thousandth, and --bad_rows=1, for a part of a corpus, as many as there are. The share is of at least 100 films, so that up to five never end
-it. What is left out by a rule (no findings, no label, another part of the body) is no bad row.
+it, and shards that lack none of their films stay for the next run. What is left out by a rule (no findings, no label, another part of the
+body) is no bad row.
 
 On a cluster, Apache Beam does the packing (pip install apache-beam, in an environment of its own because of its older protobuf). Every worker must
 see --source and --out under the same paths, and have this checkout on its path. Tried with the first line only:
