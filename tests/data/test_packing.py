@@ -27,6 +27,7 @@ from data.packing import Arguments, pack
 from data.phantom import builder as phantom
 from data.phantom.parser import parse
 from rad_jax import prompts
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -375,6 +376,31 @@ def test_what_bounds_the_bad_rows_where_nobody_does(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "reports.csv"]
     manifest, _ = pack(mine, tmp_path / "c", workers=1, progress=False, bad_rows=1.0)
     assert manifest["summary"]["written"] == 1 and manifest["summary"]["skipped"] == {"missing image": 6}
+
+
+def test_films_that_are_mended_are_packed(tmp_path):
+    """Too many damaged films: the shard without one stays, and the other is written when they are whole."""
+    rows = ["image,findings,split", *(f"{number}.png,Clear.,train" for number in range(70))]
+    (tmp_path / "reports.csv").write_text("\n".join(rows) + "\n")
+    for number in range(70):
+        Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")
+    mine = dataclasses.replace(SMALL, dataset="folder", source=str(tmp_path / "reports.csv"), image_size=16)
+    whole, _ = pack(mine, tmp_path / "whole", workers=1, progress=False)
+    films = Corpus.open(tmp_path / "whole").source("train")
+    damaged = {(tmp_path / f"{films[number]['id']}.png"): b"" for number in range(64, 70)}  # the second shard's
+    for path in damaged:
+        damaged[path] = path.read_bytes()
+        path.write_bytes(damaged[path][:40])
+    with pytest.raises(shards.Stopped, match="6 of 70 inputs cannot be used"):
+        pack(mine, tmp_path / "c", workers=1, progress=False)
+    (kept,) = (tmp_path / ".c.packing/shards").glob("*.json")
+    number = kept.with_suffix(".array_record").stat().st_ino
+    for path, data in damaged.items():
+        path.write_bytes(data)
+    manifest, _ = pack(mine, tmp_path / "c", workers=1, progress=False)
+    assert manifest["fingerprint"] == whole["fingerprint"] and manifest["summary"] == whole["summary"]
+    assert number in {path.stat().st_ino for path in (tmp_path / "c/folder/1.0.0").iterdir()}
+    assert not (tmp_path / ".c.packing").exists()
 
 
 @pytest.mark.parametrize(
