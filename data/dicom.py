@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from data.tables import number
+from data.tables import number, sex, years
 
 _SUFFIXES = (".dcm", ".dicom", "")
 _CHEST = ("CHEST", "THORAX", "LUNG", "RIB")
@@ -20,13 +20,14 @@ _TAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What is not given is empty, an age -1; `unusable` says why this is no film to pack, in a phrase that can be counted."""
+    """What is not given is empty, an age -1; `unusable` says why this is no film to pack, in a phrase that can be counted; `shape` is (Y, X)."""
 
     patient: str
     sex: str
     age: int
     view: str
     unusable: str
+    shape: tuple[int, int] = (0, 0)
 
     @property
     def lateral(self) -> bool:
@@ -53,10 +54,11 @@ def read_header(path: Path) -> Header | None:
         return None
     return Header(
         patient=said["PatientID"],
-        sex=said["PatientSex"] if said["PatientSex"] in ("F", "M") else "",
-        age=number(said["PatientAge"]) if not said["PatientAge"].endswith(("M", "W", "D")) else 0,
+        sex=sex(said["PatientSex"]),
+        age=years(said["PatientAge"]),
         view=said["ViewPosition"].upper(),
         unusable=_unusable(said),
+        shape=(number(said["Rows"], 0), number(said["Columns"], 0)),
     )
 
 

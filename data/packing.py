@@ -32,9 +32,9 @@ from PIL import features as pillow_features
 
 import rad_jax
 from data.corpora import builder_class
-from data.records import SPLITS, CorpusBuilder
-from data.selections import count_duplicates, write_indices
-from data.shards import Skip, Stopped, sha256
+from data.records import SPLITS, CorpusBuilder, features
+from data.selections import count_duplicates, count_patients, write_indices
+from data.shards import BAD_ROWS, Skip, Stopped, sha256
 from rad_jax import prompts
 from rad_jax.corpus import SHARDS, fingerprint_of, known_by
 from rad_jax.errors import UserError, check_format
@@ -116,7 +116,7 @@ def pack(
     workers: int,
     progress: bool = True,
     *,
-    bad_rows: float = 1.0,
+    bad_rows: float = BAD_ROWS,
     beam: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Packs a corpus into the folder `out`.
@@ -133,8 +133,8 @@ def pack(
         The manifest, and whether it was packed now (False: it was there already).
 
     Raises:
-        UserError: wrong arguments or input, `out` holds something else, or too many inputs are damaged.
-        shards.Stopped: worker processes were killed; the next call goes on.
+        UserError: wrong arguments or input, or `out` holds something else.
+        shards.Stopped: worker processes were killed, or too many inputs are damaged; the next call goes on.
     """
     arguments.check()
     out = out.expanduser().absolute()
@@ -179,9 +179,9 @@ def existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 def staging(out: Path, identity: dict[str, Any] | None = None) -> Iterator[tuple[Path, Path]]:
     """A folder beside `out` to build in, and one for finished shards, which outlives a pack that was stopped.
 
-    A pack that ends with a corpus or with a mistake of the user's leaves nothing. What is left by one that was killed, stopped by
-    a full disk, or lost its workers, is used by a pack of the same `identity` and removed by any other. A file lock, which the system
-    drops with the process, tells a running pack from a killed one.
+    A pack that ends with a corpus or with a mistake of the user's leaves nothing. What is left by one that was killed, stopped by a full disk
+    or by damaged films, or lost its workers, is used by a pack of the same `identity` and removed by any other. A file lock, which the
+    system drops with the process, tells a running pack from a killed one.
     """
     outer = out.parent / f".{out.name}.packing"
     outer.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def staging(out: Path, identity: dict[str, Any] | None = None) -> Iterator[tuple
 
 def _versions() -> dict[str, Any]:
     """What else decides the bytes of a record."""
-    return {"rad_jax": rad_jax.__version__, "pillow": PIL.__version__}
+    return {"rad_jax": rad_jax.__version__, "pillow": PIL.__version__, "features": sorted(features())}
 
 
 def _beam_config(options: Sequence[str] | None) -> Any:
@@ -313,6 +313,7 @@ def _manifest(arguments: Arguments, builder: CorpusBuilder, folder: Path, tokeni
             "skipped": dict(Counter(skip.reason for skip in builder.skipped)),
             "counts": dict(builder.counts),
             "views": dict(builder.views.most_common()),
+            "patients": count_patients(folder, SPLITS),
             "duplicate_images": duplicates["equal"],
             "near_duplicates": duplicates["near"],
             "bytes": sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),

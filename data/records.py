@@ -25,6 +25,7 @@ from data.labels import CHEXPERT, NOT_STATED
 from data.reports import structure
 from data.selections import COMMON, Selection
 from data.shards import Skip as Skip
+from data.splits import check_patients
 from rad_jax import images
 from rad_jax.chat import access as levels
 from rad_jax.errors import UserError
@@ -38,9 +39,10 @@ def features() -> tfds.features.FeaturesDict:
 
     `texts` is a JSON list, one object for each text that the film has, as `text` makes it. `labels` follow `CHEXPERT`: 1 positive,
     0 negative, -1 uncertain, -2 not stated. `annotations` is a JSON list with one object per finding: finding, side, size, place,
-    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `look` is `likeness.look` of the image.
+    box [x0, y0, x1, y1] in pixels of the stored image. `sex` is M or F, `age` in years. `source_sha256` is that of the
+    film's file, empty where there was none. `look` is `likeness.look` of the image.
     """
-    strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source")
+    strings = ("id", "patient", "study", "view", "sex", "texts", "annotations", "source", "source_sha256")
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
@@ -96,6 +98,7 @@ def record(
     age: int = -1,
     labels: Sequence[int] = (NOT_STATED,) * len(CHEXPERT),
     annotations: Sequence[Mapping[str, Any]] = (),
+    source_sha256: str = "",
 ) -> dict[str, Any]:
     """One record as `features` wants it; `image` is uint8 [Y, X] and `shape` (Y, X) of the original film."""
     return {
@@ -111,6 +114,7 @@ def record(
         "labels": np.asarray(labels, np.int8),
         "annotations": json.dumps(list(annotations)),
         "source": source,
+        "source_sha256": source_sha256,
         "orig_height": int(shape[0]),
         "orig_width": int(shape[1]),
         "look": likeness.look(image),
@@ -146,16 +150,19 @@ class Film:
 def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] | Skip:
     """The record of a film, its short side scaled to `size` pixels, or why there is none; `dicom_style` is one of `images.DICOM_STYLES`.
 
-    A DICOM header is believed where the corpus says nothing: it gives the view, and refuses what is no single grey film of a chest.
+    A DICOM header is believed where the corpus says nothing: it gives view, sex and age, and nothing else, and refuses what is no single grey
+    film of a chest.
     """
     header = dicom.read_header(film.path)
     if header is not None and header.unusable:
         return Skip(film.id, film.path.name, header.unusable)
-    if header is not None and header.view and not film.view:
-        view = "LATERAL" if header.lateral else header.view
-        film = dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
+    if header is not None:
+        film = _with_header(film, header)
     try:
         small, shape = images.load_short(film.path, size, dicom_style)
+        known_by = shards.sha256(film.path)
+    except OSError as error:  # it went away meanwhile
+        return Skip(film.id, film.path.name, "unreadable image", error.strerror or "")
     except UserError as error:
         return Skip(film.id, film.path.name, "unreadable image", said(error, film.path))
     scale = [small.shape[1] / shape[1], small.shape[0] / shape[0]] * 2
@@ -165,7 +172,16 @@ def make(film: Film, size: int, dicom_style: str = "window") -> dict[str, Any] |
     ]
     names = {field.name for field in dataclasses.fields(film)} - {"path", "report"}
     known = {name: getattr(film, name) for name in names}
-    return record(image=small, shape=shape, **known | {"annotations": boxed})
+    return record(image=small, shape=shape, **known | {"annotations": boxed, "source_sha256": known_by})
+
+
+def _with_header(film: Film, header: dicom.Header) -> Film:
+    """The film with the header's view, sex and age, each where the corpus says nothing of it."""
+    film = dataclasses.replace(film, sex=film.sex or header.sex, age=film.age if film.age >= 0 else header.age)
+    if film.view or not header.view:
+        return film
+    view = "LATERAL" if header.lateral else header.view
+    return dataclasses.replace(film, view=view, frontal=film.frontal and not header.lateral)
 
 
 def said(error: Exception, path: Path) -> str:
@@ -176,7 +192,7 @@ def said(error: Exception, path: Path) -> str:
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
     """Base of the builders: splits of jobs in, records or skips out, in shards that are written one by one.
 
-    A subclass gives `jobs`, `maker` and `key`. After `download_and_prepare`, `skipped` lists what was left out, `written`
+    A subclass gives `jobs`, `maker`, `key` and `patient`. After `download_and_prepare`, `skipped` lists what was left out, `written`
     counts the records of each split, `views` those of each view, and `counts` is what else the corpus counted of its input.
     """
 
@@ -196,7 +212,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         *,
         workers: int = 1,
         progress: bool = False,
-        bad_rows: float = 1.0,
+        bad_rows: float = shards.BAD_ROWS,
         work: Path | None = None,
         **kwargs: Any,
     ):
@@ -205,7 +221,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         Args:
             workers: processes that make records.
             progress: show a bar on stderr.
-            bad_rows: share of the inputs that may be missing or damaged.
+            bad_rows: share of the inputs that may be missing or damaged, as `shards.check_broken` counts.
             work: folder in which finished shards wait for the others and outlive a run that was stopped; on the disk of `data_dir`.
             kwargs: for TFDS.
         """
@@ -232,14 +248,21 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
     def key(self, job: Any) -> str:
         """The id of a job's record, which no other job of its split has."""
 
+    @abc.abstractmethod
+    def patient(self, job: Any) -> str:
+        """Whose film a job's record will be."""
+
     def tasks(self, folder: Path) -> list[shards.Task]:
         """The shards of all splits, to be written to `folder`; within a split the records are in the order of their ids' hashes.
 
         Raises:
-            UserError: there is nothing to write, or two inputs have one id.
+            UserError: there is nothing to write, two inputs have one id, or a patient is in two splits.
         """
-        made = []
-        for split, jobs in self.final_jobs().items():
+        made, of_split = [], self.final_jobs()
+        check_patients(
+            {split: [(self.patient(job), self.key(job)) for job in jobs] for split, jobs in of_split.items()}
+        )
+        for split, jobs in of_split.items():
             order = hashing.Hasher(split)  # the order in which TFDS itself would write them
             hashed = {order.hash_key(self.key(job)): job for job in jobs}
             if len(hashed) < len(jobs):
@@ -261,10 +284,10 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         tasks = self.tasks(folder)
         if download_config is not None and (download_config.beam_runner or download_config.beam_options):
             receipts = shards.run_on_beam(
-                tasks, download_config.beam_runner, download_config.beam_options, self.bad_rows
+                tasks, download_config.beam_runner, download_config.beam_options, self.bad_rows, self.skipped
             )
         else:
-            receipts = shards.run(tasks, self.workers, self.progress, self.bad_rows)
+            receipts = shards.run(tasks, self.workers, self.progress, self.bad_rows, self.skipped)
         of_split: dict[str, list[tuple[shards.Task, shards.Receipt]]] = {}
         for task, receipt in zip(tasks, receipts, strict=True):
             of_split.setdefault(task.split, []).append((task, receipt))
@@ -347,6 +370,9 @@ class SourceBuilder(CorpusBuilder):
 
     def key(self, job: Film) -> str:
         return job.id
+
+    def patient(self, job: Film) -> str:
+        return job.patient
 
     def final_jobs(self) -> dict[str, list[Film]]:
         of_split = self.jobs()

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data import likeness
+from rad_jax.errors import UserError
 
 INDEX = "index"  # folder of the indices in a corpus
 
@@ -51,8 +52,9 @@ def write_indices(
     """Writes FOLDER/index/SELECTION-SPLIT.npy for all selections and splits, and reads every record once for it.
 
     Where the texts were made by more than one method, SELECTION.METHOD holds the rows of each method too. FOLDER/index/images-SPLIT.npy
-    has 8 bytes of SHA-256 of every stored image, uint64 [records], by which equal images are found in this corpus and in others, and
-    looks-SPLIT.npy its look, uint8 [records, 32], by which those are found that differ a little.
+    has 8 bytes of SHA-256 of every stored image, uint64 [records], by which equal images are found in this corpus and in others,
+    looks-SPLIT.npy its look, uint8 [records, 32], by which those are found that differ a little, and patients-SPLIT.npy 8 bytes of SHA-256
+    of the patient, uint64 [records].
 
     Args:
         builder: a built TFDS builder.
@@ -68,10 +70,11 @@ def write_indices(
     methods: Counter[str] = Counter()
     for split, count in counts.items():
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}) if count else ()
+        patients = np.zeros(count, np.uint64)
         images, looks = np.zeros(count, np.uint64), np.zeros((count, likeness.BITS // 8), np.uint8)
         for number in range(count):
             record = source[number]
-            images[number] = int.from_bytes(hashlib.sha256(record["image"]).digest()[:8])
+            images[number], patients[number] = _short_hash(record["image"]), _short_hash(record["patient"])
             looks[number] = record["look"]
             record |= {"view": record["view"].decode()}
             for slot, text in enumerate(json.loads(record["texts"])):
@@ -82,6 +85,7 @@ def write_indices(
                             rows.setdefault((key, split), []).append((number, slot))
         np.save(folder / INDEX / f"images-{split}.npy", images)
         np.save(folder / INDEX / f"looks-{split}.npy", looks)
+        np.save(folder / INDEX / f"patients-{split}.npy", patients)
     written: dict[str, Any] = {}
     for name, selection in selections.items():
         for key in (name, *(f"{name}.{method}" for method in sorted(methods) if len(methods) > 1)):
@@ -95,6 +99,23 @@ def write_indices(
 def read_images(folder: Path, split: str) -> np.ndarray:
     """What `write_indices` keeps of a split's images, uint64 [records]."""
     return np.load(folder / INDEX / f"images-{split}.npy")
+
+
+def count_patients(folder: Path, splits: Sequence[str]) -> dict[str, int]:
+    """Patients who have records, of each split.
+
+    Raises:
+        UserError: one has records in two splits.
+    """
+    of_split = [np.unique(np.load(folder / INDEX / f"patients-{split}.npy")) for split in splits]
+    twice = sum(map(len, of_split)) - len(np.unique(np.concatenate(of_split)))
+    if twice:
+        raise UserError(f"{twice} patients have records in more than one split: keep each patient in one.")
+    return {split: len(found) for split, found in zip(splits, of_split, strict=True)}
+
+
+def _short_hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])
 
 
 def read_looks(folder: Path, split: str) -> np.ndarray:

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from rad_jax.errors import UserError
 
 MOST, FEWEST, AIM = 1024, 64, 64  # inputs of a shard, and shards of a split if it has that many inputs
 BROKEN = ("missing image", "unreadable image")  # reasons that speak of damage; the others are a choice
+BAD_ROWS = 0.05  # share of the inputs that may be broken where nothing else is said
+_BAD_LEAST = 100  # inputs of which that share is judged, so that one bad film does not refuse a small corpus
 RESTARTS = 3  # of the worker processes, when one was killed and none has finished a shard since
 
 Make = Callable[[Any], Any]
@@ -85,11 +87,6 @@ class Receipt:
     sha256: str
     views: dict[str, int]
     skipped: list[Skip]
-
-    @property
-    def broken(self) -> int:
-        """Inputs that were damaged or not there."""
-        return sum(skip.reason in BROKEN for skip in self.skipped)
 
 
 def plan(count: int) -> list[slice]:
@@ -148,7 +145,9 @@ def finished(task: Task) -> Receipt | None:
     return receipt if whole else None
 
 
-def run(tasks: Sequence[Task], workers: int, progress: bool, bad_rows: float) -> list[Receipt]:
+def run(
+    tasks: Sequence[Task], workers: int, progress: bool, bad_rows: float, known: Sequence[Skip] = ()
+) -> list[Receipt]:
     """Does the tasks that are not done, over processes.
 
     Args:
@@ -156,40 +155,43 @@ def run(tasks: Sequence[Task], workers: int, progress: bool, bad_rows: float) ->
         workers: processes; 1 works in this one.
         progress: whether to show a bar on stderr, with films per second and the time that is left.
         bad_rows: share of all inputs that may be missing or damaged.
+        known: inputs that are no task's because they were seen to be unusable before.
 
     Returns:
         The receipts, in the order of the tasks.
 
     Raises:
-        Stopped: worker processes were killed again and again.
-        UserError: more inputs than that are missing or damaged.
+        Stopped: worker processes were killed again and again, or more inputs than that are missing or damaged.
     """
     done = {task.path: receipt for task in tasks if (receipt := finished(task))}
     todo = [task for task in tasks if task.path not in done]
     total = sum(len(task.jobs) for task in tasks)
-    check_broken(list(done.values()), bad_rows, total)
+    check_broken(tasks, done, bad_rows, known)
     kept = sum(receipt.wanted for receipt in done.values())
     with tqdm.tqdm(total=total, initial=kept, desc="packing", unit="film", disable=not progress) as bar:
         for task, receipt in _each(todo, workers):
             done[task.path] = receipt
             bar.update(receipt.wanted)
-            check_broken(list(done.values()), bad_rows, total)
+            check_broken(tasks, done, bad_rows, known)
     for part in {part for folder in {task.path.parent for task in tasks} for part in folder.glob("*.part")}:
         part.unlink()  # of a process that was killed
     return [done[task.path] for task in tasks]
 
 
-def run_on_beam(tasks: Sequence[Task], runner: str | None, options: Any, bad_rows: float) -> list[Receipt]:
+def run_on_beam(
+    tasks: Sequence[Task], runner: str | None, options: Any, bad_rows: float, known: Sequence[Skip] = ()
+) -> list[Receipt]:
     """The same on Apache Beam; every machine of the runner must see the folder of the shards and the films under the same paths.
 
     Args:
         tasks: of all splits.
         runner: a name that Beam knows; None leaves it to the options.
         options: Beam's `PipelineOptions`.
-        bad_rows: as in `run`, looked at when all is done.
+        bad_rows, known: as in `run`; what the tasks find is looked at when all are done.
     """
     import apache_beam as beam
 
+    check_broken(tasks, {}, bad_rows, known)
     todo = [task for task in tasks if not finished(task)]
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         shards = pipeline | "Shards" >> beam.Create(todo) | "Share" >> beam.Reshuffle()
@@ -197,20 +199,36 @@ def run_on_beam(tasks: Sequence[Task], runner: str | None, options: Any, bad_row
     receipts = [receipt for task in tasks if (receipt := finished(task))]
     if len(receipts) < len(tasks):
         raise Stopped(f"{len(tasks) - len(receipts)} of {len(tasks)} shards are missing: run the same command again.")
-    check_broken(receipts, bad_rows, sum(len(task.jobs) for task in tasks))
+    check_broken(tasks, {task.path: receipt for task, receipt in zip(tasks, receipts, strict=True)}, bad_rows, known)
     return receipts
 
 
-def check_broken(receipts: Sequence[Receipt], bad_rows: float, total: int) -> None:
-    """Raises UserError when more than this share of the `total` inputs is missing or damaged; names the first."""
-    broken = sum(receipt.broken for receipt in receipts)
-    if broken > bad_rows * total:
-        skips = (skip for receipt in receipts for skip in receipt.skipped if skip.reason in BROKEN)
-        first = next(skips)
-        raise UserError(
-            f"{broken} of {total} inputs cannot be used, more than --bad_rows={bad_rows:g} allows; the first is {first.image}, "
-            f"{first.reason}: mend them, or allow more."
-        )
+def check_broken(
+    tasks: Sequence[Task], done: Mapping[Path, Receipt], bad_rows: float, known: Sequence[Skip] = ()
+) -> None:
+    """Raises Stopped when more than this share of the inputs is missing or damaged; names the first.
+
+    Shards that lack such an input are then no longer finished, so that the next run finds it mended.
+
+    Args:
+        tasks: all of them.
+        done: path -> receipt of those that are finished.
+        bad_rows: the share, of at least `_BAD_LEAST` inputs.
+        known: as in `run`; of these too only what is `BROKEN` counts, among the inputs and against the limit.
+    """
+    before = [skip for skip in known if skip.reason in BROKEN]
+    found = before + [skip for receipt in done.values() for skip in receipt.skipped if skip.reason in BROKEN]
+    total = len(before) + sum(len(task.jobs) for task in tasks)
+    if len(found) <= bad_rows * max(total, _BAD_LEAST):
+        return
+    for task in tasks:
+        if task.path in done and any(skip.reason in BROKEN for skip in done[task.path].skipped):
+            task.receipt.unlink(missing_ok=True)
+    first = found[0]
+    raise Stopped(
+        f"{len(found)} of {total} inputs cannot be used, more than --bad_rows={bad_rows:g} allows; the first is {first.image}, "
+        f"{first.reason}: mend them, or allow more."
+    )
 
 
 def place(task: Task, path: Path) -> None:

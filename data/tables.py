@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 from rad_jax.errors import UserError
 
 Row = dict[str, str]
+
+OLDEST = 150  # years; what is beyond is an error of its source
+_AGE = re.compile(r"(\d{1,9}+)\s*([DWM]?)(?![a-z])")
+_DAYS = {"D": 1, "W": 7, "M": 30.4375}
 
 
 def find(source: Path, *names: str) -> Path:
@@ -78,3 +83,19 @@ def number(text: str, unknown: int = -1) -> int:
             break
         digits += letter
     return int(digits) if digits else unknown
+
+
+def years(text: str) -> int:
+    """An age in whole years, as DICOM ("058Y", "006M", "090Y+") or a table ("63.0", "85 or more") has it; -1 where there is none."""
+    found = _AGE.match(text.strip())
+    if found is None:
+        return -1
+    age = int(found[1])
+    if found[2]:
+        age = int(age * _DAYS[found[2]] / 365.25)
+    return age if age <= OLDEST else -1
+
+
+def sex(text: str) -> str:
+    """M or F of a cell such as "F", "male" or "Female"; empty for every other."""
+    return {"m": "M", "male": "M", "f": "F", "female": "F"}.get(text.strip().lower(), "")

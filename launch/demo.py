@@ -71,7 +71,8 @@ class Demo:
         size = variant(options.config, "stage3", options.full).model.vision.image_size
         pack = ["pack", f"--dataset={options.dataset}", f"--out={data}", f"--image_size={size}"]
         if options.source:
-            pack.append(f"--source={options.source}")
+            # A first look goes on with the films that are there; what is missing is counted all the same.
+            pack += [f"--source={options.source}", "--bad_rows=1"]
         elif options.full:
             pack.append(f"--studies={FULL_STUDIES}")
         self._step("pack", pack)

@@ -5,7 +5,7 @@ The phantom, drawn chest radiographs with known findings (PHANTOM_SEED=n gives a
   python -m launch.pack --dataset=phantom --image_size=112 --out=out/phantom
 
 Your own data, a folder with images and one CSV (columns image, findings; optional indication, impression, patient,
-view, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
+view, sex, age, split, id, source; image paths are relative to the CSV; PNG, JPEG or DICOM, whose grey values --dicom=mimic_cxr_jpg spreads and
 equalises as MIMIC-CXR-JPG was made, for films that join that corpus):
 
   python -m launch.pack --dataset=folder --source=my/films --out=out/films
@@ -24,13 +24,19 @@ Reports that launch.structure has rewritten are packed as further texts of their
 
   python -m launch.pack --dataset=openi --source=openi --structured=out/openi.structured.jsonl --out=out/openi
 
+No patient is in two splits: what would put one there, a table or a column split, is refused before a film is read.
+
 One film may have several texts. Packing writes an index of each selection of them ("all", "frontal", "pairs", and the corpus's own; they are in
 OUT/corpus.json), and --config.data.selection names the one to train on. Rows without findings and images that cannot be read are left out, counted, and listed in OUT/skipped.csv. A tokenizer
 is trained on the training reports unless one is given.
 
 Images are packed in shards of up to 1,024. A command that was stopped goes on with the shards that are missing when it is given again, and
-does nothing once the corpus is there; nothing half-written is ever found. OUT/shards.json has a checksum of every shard. --bad_rows=0.001 stops
-when more than a thousandth of the films is missing or damaged; without it all of them are counted and listed.
+does nothing once the corpus is there; nothing half-written is ever found. OUT/shards.json has a checksum of every shard.
+
+Films that are missing or cannot be decoded are bad rows: more than a twentieth of them end the packing, which --bad_rows=0.001 makes a
+thousandth, and --bad_rows=1, for a part of a corpus, as many as there are. The share is of at least 100 films, so that up to five never end
+it, and shards that lack none of their films stay for the next run. What is left out by a rule (no findings, no label, another part of the
+body) is no bad row.
 
 On a cluster, Apache Beam does the packing (pip install apache-beam, in an environment of its own because of its older protobuf). Every worker must
 see --source and --out under the same paths, and have this checkout on its path. Tried with the first line only:
@@ -69,7 +75,11 @@ _DICOM = flags.DEFINE_enum(
     "Grey values of DICOM films: as the file says, or as MIMIC-CXR-JPG was made.",
 )
 _BAD_ROWS = flags.DEFINE_float(
-    "bad_rows", 1.0, "Share of the films that may be missing or damaged.", lower_bound=0.0, upper_bound=1.0
+    "bad_rows",
+    0.05,
+    "Share of the films that may be missing or damaged; 1 packs what there is.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _BEAM = flags.DEFINE_list(
     "beam_pipeline_options",
@@ -114,6 +124,8 @@ def main(argv: Sequence[str]) -> None:
         f", skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped}), see {out / 'skipped.csv'}" if skipped else "")
     )
+    patients = ", ".join(f"{count} {split}" for split, count in summary.get("patients", {}).items())
+    print(f"  patients, none in two splits: {patients or 'not counted'}")
     print("  views: " + ", ".join(f"{count} {view}" for view, count in summary["views"].items()))
     for name, count in summary["counts"].items():
         print(f"  {name}: {count}")

@@ -18,7 +18,8 @@ it, and so do all processes of its job; before the first step, and while evaluat
 killed, the others end within two minutes, with 42, or 134 where JAX notices first. So does a run in which nothing moves any more
 (--stall_minutes). Of what goes wrong, a run mends what it can and says so: a step whose loss is no number changes nothing and is listed in
 skipped.jsonl, a checkpoint that cannot be read is put aside for the one before, a row whose record is damaged counts for nothing and is
-listed in bad_rows.jsonl (--bad_rows=0.001 ends the run when they are more than a thousandth).
+listed in bad_rows.jsonl. More than a twentieth of such rows end the run (--bad_rows=0.001: a thousandth); the share is of at least 1,000 rows,
+so that the first bad one does not.
 
 WORKDIR has config.json, metrics.jsonl, starts.jsonl, evaluations.jsonl, checkpoints/ and loss.png; `python -m launch.status WORKDIR` reads them.
 """
@@ -50,7 +51,7 @@ _DAMAGED = flags.DEFINE_enum(
 )
 _BAD_ROWS = flags.DEFINE_float(
     "bad_rows",
-    1.0,
+    0.05,
     "Share of the rows that may be damaged or without text before the run ends.",
     lower_bound=0.0,
     upper_bound=1.0,

@@ -84,7 +84,7 @@ class Beside:
     writers: Sequence[Callable[[Row], None]] = ()
     profile: tuple[int, int] | None = None
     stall_seconds: float = 600.0
-    bad_rows: float = 1.0
+    bad_rows: float = 0.05
 
 
 def run(

@@ -75,6 +75,7 @@ def study(split: str, number: int) -> dict:
         "labels": np.full(14, -2, np.int8),
         "annotations": "[]",
         "source": "test",
+        "source_sha256": "",
         "look": np.zeros(32, np.uint8),
     }
 

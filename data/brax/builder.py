@@ -56,8 +56,8 @@ class Brax(records.SourceBuilder):
                     view=view,
                     frontal=view in FRONTAL,
                     texts=[records.text(text, method=from_labels.METHOD)],
-                    sex=row["PatientSex"] if row["PatientSex"] in ("F", "M") else "",
-                    age=tables.number(row["PatientAge"]),
+                    sex=tables.sex(row["PatientSex"]),
+                    age=tables.years(row["PatientAge"]),
                     labels=labels,
                     source="BRAX",
                 )

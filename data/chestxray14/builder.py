@@ -91,8 +91,8 @@ def film(row: tables.Row, path: Path, boxes: list[dict[str, Any]]) -> records.Fi
                 method=from_labels.METHOD,
             )
         ],
-        sex=(row.get("Patient Gender") or row.get("Patient Sex") or "")[:1],
-        age=tables.number(row["Patient Age"]),
+        sex=tables.sex(row.get("Patient Gender") or row.get("Patient Sex") or ""),
+        age=tables.years(row["Patient Age"]),
         labels=labels.vector(found, CLASSES),
         annotations=boxes,
         source="NIH ChestX-ray14",

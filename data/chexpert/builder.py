@@ -70,8 +70,8 @@ class CheXpert(records.SourceBuilder):
                     view=row["AP/PA"] if frontal else LATERAL,
                     frontal=frontal,
                     texts=[records.text(text, method=from_labels.METHOD)],
-                    sex=row["Sex"][:1] if row["Sex"] in ("Female", "Male") else "",
-                    age=tables.number(row["Age"]),
+                    sex=tables.sex(row["Sex"]),
+                    age=tables.years(row["Age"]),
                     labels=labels,
                     source="CheXpert",
                 )
@@ -126,8 +126,8 @@ class CheXpertPlus(records.SourceBuilder):
                     view=row["ap_pa"] if frontal else LATERAL,
                     frontal=frontal,
                     texts=[records.text(findings, impression=impression, indication=next(filter(None, reasons), None))],
-                    sex=row.get("sex", "")[:1] if row.get("sex") in ("Female", "Male") else "",
-                    age=tables.number(row.get("age", "")),
+                    sex=tables.sex(row.get("sex", "")),
+                    age=tables.years(row.get("age", "")),
                     source="CheXpert Plus",
                 )
             )

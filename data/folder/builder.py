@@ -1,7 +1,8 @@
 """Any folder of radiographs with a CSV as a TFDS builder: how one brings own data.
 
 The CSV has the columns `image` (path, relative to the CSV) and `findings`, and optionally `indication`, `impression`,
-`patient`, `study`, `view`, `split` (train, validation, test), `id` and `source`. Other columns are ignored.
+`patient`, `study`, `view`, `split` (train, validation, test), `sex` (M, F, male, female), `age` (years, or as DICOM has it), `id` and `source`.
+Other columns are ignored. Where a row says no sex or age, that of a DICOM film's header is taken.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import itertools
 from pathlib import Path
 
-from data import records, splits
+from data import records, splits, tables
 from rad_jax.errors import UserError
 
 REQUIRED = ("image", "findings")
@@ -104,6 +105,8 @@ def film(row: Row, folder: Path) -> records.Film:
         view="LATERAL" if lateral else row.get("view", ""),
         frontal=not lateral,
         texts=[words],
+        sex=tables.sex(row.get("sex", "")),
+        age=tables.years(row.get("age", "")),
         source=row.get("source", ""),
     )
 
@@ -122,7 +125,8 @@ class Folder(records.SourceBuilder):
         usable = []
         for row in read_rows(path):
             reason = "" if row["findings"] else "empty findings"
-            if not reason and not (row["image"] and (path.parent / row["image"]).is_file()):
+            there = row["image"] and (path.parent / row["image"]).is_file()
+            if self.films_needed and not reason and not there:
                 reason = "missing image"
             if reason:
                 self.skipped.append(records.Skip(row["id"], row["image"], reason))

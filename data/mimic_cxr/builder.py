@@ -20,7 +20,7 @@ training, validation and test sets with the published numbers, 400,042 / 3,238 /
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from data import records, tables
 from data.labels import CHEXPERT, NOT_STATED, chexpert_vector
@@ -56,7 +56,6 @@ class MimicCxr(records.SourceBuilder):
             for name in ("mimic_train_findings", "mimic_test_findings"):
                 if split in self.published[name]:
                     self.counts[f"{split} entries of {name}"] = _kept(of_split[split], self.selections[name])
-        _check_patients(of_split)
         return {split: self.present(films) for split, films in of_split.items()}
 
 
@@ -106,7 +105,6 @@ class MimicCxrReports(records.SourceBuilder):
                 source="MIMIC-CXR-JPG, MIMIC-CXR reports",
             )
             of_split[_SPLITS[row["split"]]].append(film)
-        _check_patients(of_split)
         return {split: self.present(films) for split, films in of_split.items()}
 
     def _report(self, path: Path) -> tuple[str | None, list[dict[str, str | None]]]:
@@ -155,11 +153,3 @@ def _needed(path: Path) -> Path:
 
 def _kept(films: list[records.Film], selection: Selection) -> int:
     return sum(selection.keep({"view": film.view}, text) for film in films for text in film.texts)
-
-
-def _check_patients(of_split: dict[str, list[Any]]) -> None:
-    """Raises UserError when a patient is in two splits."""
-    patients = [{film.patient for film in films} for films in of_split.values()]
-    twice = sum(map(len, patients)) - len(set.union(*patients))
-    if twice:
-        raise UserError(f"{twice} patients are in more than one split: the tables are not as published.")

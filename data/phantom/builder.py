@@ -53,6 +53,11 @@ def study_name(seed: int, job: Job) -> str:
     return f"phantom-{seed}-{patient:05d}-{number}"
 
 
+def patient_of(name: str) -> str:
+    """The patient's name, of the name of a study."""
+    return name.rpartition("-")[0]
+
+
 def make(job: Job, seed: int, size: int) -> dict[str, Any]:
     """One record of the corpus."""
     made = study(seed, *job, size)
@@ -60,7 +65,7 @@ def make(job: Job, seed: int, size: int) -> dict[str, Any]:
     return records.record(
         image=made.image,
         id=name,
-        patient=name.rpartition("-")[0],
+        patient=patient_of(name),
         study=name,
         view=made.view,
         frontal=True,
@@ -111,3 +116,6 @@ class Phantom(records.CorpusBuilder):
 
     def key(self, job: Job) -> str:
         return study_name(self.seed, job)
+
+    def patient(self, job: Job) -> str:
+        return patient_of(study_name(self.seed, job))

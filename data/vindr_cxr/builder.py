@@ -11,8 +11,8 @@ From physionet.org/content/vindr-cxr 1.0.0:
   python -m launch.pack --dataset=vindr_cxr --source=vindr-cxr --out=out/vindr_cxr
 
 It has no reports: the texts are made of the labels by rules. A finding of a training film is there when two of its radiologists say so, which
-is ours, and its boxes are all of theirs. No patients are published, so every film counts as one; a tenth of the training films becomes
-validation.
+is ours, and its boxes are all of theirs. Sex and age are those of the DICOM headers, where they say them. No
+patients are published, so every film counts as one; a tenth of the training films becomes validation.
 """
 
 from __future__ import annotations

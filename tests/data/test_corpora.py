@@ -2,6 +2,8 @@
 
 import csv
 import gzip
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
 from data import tables
+from data.candid_ptx.builder import box_of
 from data.corpora import CORPORA, builder_class
 from data.dicom import read_header
 from data.labels import CHEXPERT
 from data.packing import Arguments, pack
 from data.padchest.builder import read_labels
+from data.records import Film
 from data.reports.from_labels import findings_of, of_chexpert
+from data.selections import count_patients
 from data.splits import by_patient, validation_of
+from evaluation.corpus import groups_of
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
@@ -80,6 +86,8 @@ def packed(dataset: str, source: Path, out: Path) -> tuple[dict[str, Any], dict[
     for split in manifest["splits"]:
         patients.append({row["patient"] for row in rows.values() if row["split"] == split})
     assert sum(map(len, patients)) == len(set.union(*patients))
+    counted = manifest["summary"]["patients"]
+    assert counted == dict(zip(manifest["splits"], map(len, patients), strict=True))
     return manifest, rows
 
 
@@ -307,24 +315,66 @@ def test_brax(tmp_path):
     assert (films["image-1"]["patient"], films["image-1"]["study"]) == ("id1", "a1")
 
 
+def runs(mask: np.ndarray) -> str:
+    """A mask [Y, X] as CANDID-PTX has it: down the columns, each run by the pixels since the one before, and its own."""
+    flat = np.concatenate([[0], mask.T.reshape(-1).astype(int), [0]])
+    edges = np.flatnonzero(np.diff(flat))
+    return " ".join(map(str, np.diff(edges, prepend=0)))
+
+
+def test_boxes_of_masks():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random((7, 5)) < 0.1 + 0.5 * rng.random()
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        assert mask.any()
+        assert box_of(runs(mask), (7, 5)) == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    # The first runs of a published mask of the same form: rows 548 to 570, 543 to 575 and 538 to 580 of three columns.
+    assert box_of("387620 23 996 33 986 43", (1024, 1024)) == [378, 538, 381, 581]
+    for mask_ in ("", "-1", "1", "1 2 3", "a b", "1 -2", "34 2", "5 0", "9" * 30 + " 1", "1.5 2"):
+        assert box_of(mask_, (7, 5)) is None, mask_
+
+
 def test_candid_ptx(tmp_path):
     source = tmp_path / "candid"
 
-    def row(number: int, mask: str, report: str = "CXR: The lungs\nare clear.") -> dict[str, Any]:
-        return {"SOPInstanceUID": f"1.2.276.{number}", "EncodedPixels": mask, "Report": report}
+    def row(number: int, mask: str, report: str = "CXR: The lungs\nare clear.", patient: int = 0) -> dict[str, Any]:
+        film = {"SOPInstanceUID": f"1.2.276.{number}", "EncodedPixels": mask, "Report": report}
+        return film | {"filename": f"P{patient}_{number}.dcm" if patient else ""}
 
-    long = "1 2 " * 50_000  # longer than Python's reader takes by default
-    rows = [row(1, "-1"), row(2, long), row(2, "7 8 9 9"), row(3, "-1", " "), row(4, "-1"), row(5, "-1"), row(6, "")]
+    mask = np.zeros(PIXELS.shape, bool)
+    mask[9:27, 3:12] = mask[30:33, 6:9] = True
+    long = "1 2 " * 50_000  # longer than Python's reader takes by default, and than the film
+    rows = [row(1, "-1"), row(2, long), row(2, runs(mask)), row(2, runs(np.ones(PIXELS.shape, bool)))]
+    rows += [row(3, "-1", " "), row(4, "-1"), row(5, "-1"), row(6, "")]
+    rows += [row(7, runs(mask), patient=7), row(8, "-1", patient=7), row(9, "-1", patient=7), row(9, "-1", patient=8)]
     write_table(source / "Pneumothorax_reports.csv", rows)
-    for number in (1, 2, 3, 6):
+    tubes = [(1, runs(mask)), (1, "-1"), (7, "1 0"), (99, runs(mask))]
+    tubes_ = [{"anon_SOPUID": f"1.2.276.{number}", "annotation_ref": "a", "mask_rle": cell} for number, cell in tubes]
+    write_table(source / "chest_tube.csv", tubes_)
+    for number in (1, 2, 3, 6, 7, 8, 9):
         tags = {"PatientID": f"p{number % 2}", "PatientSex": "F", "PatientAge": "058Y", "ViewPosition": "AP"}
         write_dicom(source / "dataset" / f"1.2.276.{number}", **tags)
     (source / "dataset" / "1.2.276.5").write_bytes(b"not a DICOM file")
 
     manifest, films = packed("candid_ptx", source, tmp_path / "c")
-    assert manifest["summary"]["counts"] == {"rows": 7, "films with several rows": 1}
-    assert manifest["summary"]["skipped"] == {"no report": 1, "missing image": 1, "unreadable image": 1}
-    assert [stated(films[f"1.2.276.{n}"]) for n in (1, 2, 6)] == [{"Pneumothorax": 0}, {"Pneumothorax": 1}, {}]
+    assert manifest["summary"]["counts"] == {
+        "rows": 12,
+        "films with several rows": 2,
+        "masks": 6,
+        "masks that do not fit their film": 2,
+    }
+    skipped = {"no report": 1, "missing image": 1, "unreadable image": 1, "of several patients": 1}
+    assert manifest["summary"]["skipped"] == skipped
+    tube, seen = {"Support Devices": 1}, {"Pneumothorax": 1}
+    wanted = [{"Pneumothorax": 0} | tube, seen, {}, seen | tube]
+    assert [stated(films[f"1.2.276.{n}"]) for n in (1, 2, 6, 7)] == wanted
+    # The film of 45 x 30 became 30 x 20, and the boxes with it; each row's mask has one.
+    boxes = {n: [(a["finding"], a["box"]) for a in json.loads(films[f"1.2.276.{n}"]["annotations"])] for n in (1, 2, 7)}
+    one, whole = ("Pneumothorax", [2.0, 6.0, 8.0, 22.0]), ("Pneumothorax", [0.0, 0.0, 20.0, 30.0])
+    assert boxes == {1: [("Chest tube", one[1])], 2: [one, whole], 7: [one]}
+    assert films["1.2.276.7"]["patient"] == films["1.2.276.8"]["patient"] == "P7"
+    assert films["1.2.276.7"]["split"] == films["1.2.276.8"]["split"]
     film = films["1.2.276.2"]
     assert (film["findings"], film["patient"], film["sex"], film["age"]) == ("CXR: The lungs are clear.", "p0", "F", 58)
     assert film["method"] == "report" and film["frontal"]
@@ -355,7 +405,7 @@ def test_vindr_cxr(tmp_path):
     )
     write_table(source / "annotations/annotations_test.csv", [{"image_id": "e"} | none])
     for image in votes:
-        write_dicom(source / "train" / f"{image}.dicom")
+        write_dicom(source / "train" / f"{image}.dicom", PatientSex="F" if image == "a" else "", PatientAge="045Y")
     write_dicom(source / "test" / "e.dicom")
 
     manifest, films = packed("vindr_cxr", source, tmp_path / "c")
@@ -365,6 +415,8 @@ def test_vindr_cxr(tmp_path):
     assert '"box": [2.0, 4.0, 10.0, 20.0]' in films["a"]["annotations"] and films["b"]["annotations"] == "[]"
     assert films["b"]["findings"] == films["d"]["findings"] == "No abnormality is labelled."
     assert films["e"]["findings"] == "Edema." and films["e"]["split"] == "test"
+    known = [(films[image]["sex"], films[image]["age"]) for image in ("a", "b", "e")]  # which the tables do not say
+    assert known == [("F", 45), ("", 45), ("", -1)]
 
 
 def test_object_cxr(tmp_path):
@@ -394,10 +446,13 @@ def test_object_cxr(tmp_path):
 
 def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     """A folder of films without a column for the view."""
+    person = {"PatientName": "Doe^Jane", "PatientID": "MRN-4711", "PatientBirthDate": "19300102"}
     tags: dict[str, dict[str, Any]] = {
-        "frontal": {"BodyPartExamined": "CHEST", "ViewPosition": "PA"},
-        "silent": {},
-        "lateral": {"BodyPartExamined": "PORT CHEST", "ViewPosition": "LL"},
+        "frontal": {"BodyPartExamined": "CHEST", "ViewPosition": "PA", "PatientSex": "F", "PatientAge": "090Y"}
+        | person,
+        "silent": {"PatientSex": "O"} | person,
+        "lateral": {"BodyPartExamined": "PORT CHEST", "ViewPosition": "LL", "PatientSex": "F", "PatientAge": "030M"}
+        | person,
         "ankle": {"BodyPartExamined": "ANKLE"},
         "many": {"NumberOfFrames": 2, "PixelData": PIXELS.tobytes() * 2},
         "colour": {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PixelData": PIXELS.tobytes() * 3},
@@ -405,7 +460,11 @@ def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     }
     for name, values in tags.items():
         write_dicom(tmp_path / f"{name}.dcm", **values)
-    rows = [{"image": f"{name}.dcm", "findings": "Clear.", "id": name, "split": "train"} for name in tags]
+    rows = [
+        {"image": f"{name}.dcm", "findings": "Clear.", "id": name, "split": "train", "sex": "", "age": ""}
+        for name in tags
+    ]
+    rows[2] |= {"sex": "male"}
     write_table(tmp_path / "reports.csv", rows)
     manifest, films = packed("folder", tmp_path, tmp_path / "c")
     assert manifest["summary"]["skipped"] == {
@@ -416,6 +475,16 @@ def test_what_a_dicom_header_says_is_believed_and_counted(tmp_path):
     }
     assert manifest["summary"]["views"] == {"PA": 1, "unknown": 1, "LATERAL": 1}
     assert {name: row["frontal"] for name, row in films.items()} == {"frontal": True, "silent": True, "lateral": False}
+    # Sex and age are taken where the table says none; an age that was cut off at 90 stays 90, and months are no years.
+    found = {name: (row["sex"], row["age"]) for name, row in films.items()}
+    assert found == {"frontal": ("F", 90), "silent": ("", -1), "lateral": ("M", 2)}
+    for name, row in films.items():
+        data = (tmp_path / f"{name}.dcm").read_bytes()
+        assert row["source_sha256"] == hashlib.sha256(data).hexdigest() and row["patient"] == name
+        assert b"MRN-4711" in data
+    written = b"".join(path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
+    assert not any(secret in written for secret in (b"Doe", b"Jane", b"4711", b"19300102"))
+    assert groups_of(films)["frontal"] == {"view": "PA", "sex": "F", "age": "80+", "indication": "absent"}
 
 
 def test_the_real_dicom_files(real, tmp_path):
@@ -486,6 +555,14 @@ def test_cells_that_begin_with_a_number():
     assert {cell: tables.number(cell) for cell in cells} == cells
 
 
+def test_ages_and_sexes():
+    ages = {"058Y": 58, "090Y+": 90, "006M": 0, "030M": 2, "060W": 1, "400D": 1, "63.0": 63, "85 or more": 85, " 7 ": 7}
+    none = dict.fromkeys(("", "nan", "Y", "414Y", "66m", "12345678901234567890", "-3"), -1)
+    assert {cell: tables.years(cell) for cell in ages | none} == ages | none
+    sexes = {"F": "F", "male": "M", " Female ": "F", "O": "", "Unknown": "", "": ""}
+    assert {cell: tables.sex(cell) for cell in sexes} == sexes
+
+
 def test_texts_of_labels():
     assert findings_of(["Edema", "Mass", "Nodule"], ["Fracture"], ["Pneumonia"]) == (
         "Edema, mass and nodule. Possible pneumonia. No fracture."
@@ -494,6 +571,55 @@ def test_texts_of_labels():
     assert of_chexpert([-2] * 14) == ""
     vector = dict.fromkeys(CHEXPERT, -2) | {"No Finding": 1, "Edema": -1}
     assert of_chexpert(list(vector.values())) == "Possible edema."
+
+
+@pytest.mark.parametrize("dataset", sorted(CORPORA))
+def test_no_corpus_may_have_a_patient_in_two_splits(dataset, tmp_path, monkeypatch):
+    """Whatever a builder's tables say; a film of the patient is named, the patient is not."""
+    given: dict[str, Any] = {"source": tmp_path} if dataset != "phantom" else {}
+    builder = builder_class(dataset)(image_size=20, data_dir=tmp_path / "out", **given)
+    jobs: dict[str, list[Any]]
+    if dataset == "phantom":
+        jobs = {"train": [(0, 0), (1, 0)], "test": [(2, 0), (1, 1)]}
+        named = "phantom-0-00001-1"
+    else:
+        known: dict[str, Any] = {"study": "s", "view": "PA", "frontal": True, "texts": []}
+        films = [
+            Film(path=tmp_path / name, id=name, patient=f"secret-{patient}", **known)
+            for name, patient in (("a", 1), ("b", 2), ("c", 3), ("d", 2), ("e", 2))
+        ]
+        jobs = {"train": films[:2], "validation": [], "test": films[2:]}
+        named = "d"
+    monkeypatch.setattr(builder, "jobs", lambda: jobs)
+    with pytest.raises(
+        UserError, match=f"1 patients are in more than one split; that of {named}, in test, is in train"
+    ) as told:
+        builder.tasks(tmp_path)
+    assert "secret" not in str(told.value)
+    jobs["test"] = jobs["test"][:1]
+    assert [task.split for task in builder.tasks(tmp_path)] == ["train", "test"]
+
+
+def test_published_tables_with_a_patient_in_two_splits(tmp_path):
+    source = tmp_path / "CheXpert-v1.0"
+    for name, study in (("train", 1), ("valid", 2)):
+        row = chexpert_row(f"{name}/patient00001/study{study}/view1_frontal.jpg", No_Finding="1.0")
+        write_table(source / f"{name}.csv", [row])
+        write_film(source / row["Path"].removeprefix("CheXpert-v1.0/"))
+    with pytest.raises(UserError, match=r"that of patient00001-study2-view1_frontal, in validation, is in train too"):
+        packed("chexpert", source, tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["CheXpert-v1.0"]
+
+
+def test_patients_of_records_are_counted_and_compared(tmp_path):
+    (tmp_path / "index").mkdir()
+    for split, patients in {"train": [7, 7, 9], "validation": [], "test": [8]}.items():
+        np.save(tmp_path / f"index/patients-{split}.npy", np.array(patients, np.uint64))
+    splits = ("train", "validation", "test")
+    assert count_patients(tmp_path, splits) == {"train": 2, "validation": 0, "test": 1}
+    np.save(tmp_path / "index/patients-test.npy", np.array([8, 9, 9], np.uint64))
+    with pytest.raises(UserError, match="1 patients have records in more than one split"):
+        count_patients(tmp_path, splits)
 
 
 def test_splits_by_patient_do_not_depend_on_order():

@@ -1,6 +1,7 @@
 """Own data: any folder with a CSV; what cannot be used is counted, what is wrong is said in one sentence."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -102,12 +103,15 @@ def test_a_record_keeps_texts_shape_and_sides(tmp_path):
     pixels[:, :10] = 200  # bright at image left
     Image.fromarray(pixels).save(tmp_path / "a.png")
     row = {"image": "a.png", "findings": "Clear.", "impression": "Normal.", "view": "Left Lateral", "source": "here"}
+    row |= {"sex": "Female", "age": "58"}
     write_csv(tmp_path, [row])
     (read,) = read_rows(tmp_path / "reports.csv")
     record = make(film(read, tmp_path), 20)
     assert not isinstance(record, Skip)
     assert (record["orig_height"], record["orig_width"]) == (60, 40)
     assert record["frontal"] is False and record["view"] == "LATERAL"
+    assert (record["sex"], record["age"]) == ("F", 58)
+    assert record["source_sha256"] == hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
     assert (record["id"], record["patient"], record["annotations"]) == ("a", "a", "[]")
     (text,) = json.loads(record["texts"])
     assert (text["impression"], text["indication"], text["method"]) == ("Normal.", None, "report")

@@ -1,11 +1,13 @@
 """The page of a corpus: its counts are those of the corpus, films that are held out and trained on are found, nothing in it is markup."""
 
 import csv
+import html
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data import inspection
+from data.labels import CHEXPERT
 from data.packing import Arguments, pack
 from data.phantom.study import study
 from rad_jax import corpus
@@ -168,11 +171,11 @@ def test_the_command(corpora, tmp_path):
     out = tmp_path / "page.html"
     status, said = run(f"--data={corpora[0]},{corpora[1]}", f"--out={out}", "--text_length=40", "--strict")
     assert status == 1  # a leak
-    html = out.read_text()
-    assert NASTY not in html and "&lt;script&gt;" in html
-    assert "<script" not in html and not re.search(r"(src|href)=\"(?!data:|#)", html)
-    assert "share 1 equal and 1 similar films" in html and "1 films were missing or damaged" in html
-    assert "have more than 40 tokens" in html
+    page = out.read_text()
+    assert NASTY not in page and "&lt;script&gt;" in page
+    assert "<script" not in page and not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "share 1 equal and 1 similar films" in page and "1 films were missing or damaged" in page
+    assert "have more than 40 tokens" in page
     assert "5 films, 2 left out" in said and "Clear." not in said
     # Two of the three rows are short, the third is not; the page says what the terminal says.
     (told,) = (line for line in said.splitlines() if line.startswith("  stage 3 (v1), 3 rows of frontal"))
@@ -193,6 +196,119 @@ def test_the_command(corpora, tmp_path):
         in html
     )
     assert run(f"--data={corpora[1]}", f"--out={out}", "--strict")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- the page's numbers
+
+
+@pytest.fixture(scope="module")
+def shown(corpora, tiny_corpus, tmp_path_factory):
+    """The page of both folders and of a phantom with boxes and labels, all of whose films are shown, cut into its sections."""
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    status, _ = run(f"--data={corpora[0]},{corpora[1]},{tiny_corpus}", f"--out={out}", "--samples=99")
+    assert status == 0
+    return dict(re.findall(r'<section id="([^"]+)">(.*?)</section>', out.read_text(), re.DOTALL))
+
+
+def cards(section: str) -> dict[str, list[list[str]]]:
+    """Title -> rows of cells of the tables of a section."""
+    found = {}
+    for title, body in re.findall(r"<h3>([^<]*)</h3>.*?<tbody>(.*?)</tbody>", section, re.DOTALL):
+        rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+        found[html.unescape(title)] = [
+            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows
+        ]
+    return found
+
+
+def tiles(section: str) -> dict[str, str]:
+    return {
+        name: value
+        for value, name in re.findall(r'<div class="value">([^<]*)</div><div class="name">([^<]*)</div>', section)
+    }
+
+
+def bars(section: str) -> dict[str, list[tuple[int, ...]]]:
+    """Title -> (least, greatest, texts) of every bar of the histograms."""
+    return {
+        title: [tuple(map(int, bar)) for bar in re.findall(r"<title>(\d+) to (\d+) tokens: (\d+)</title>", drawn)]
+        for title, drawn in re.findall(r"<h3>(Tokens of [^<]*)</h3>(<svg.*?</svg>)", section, re.DOTALL)
+    }
+
+
+def phantoms(folder: Path) -> list[dict[str, Any]]:
+    """All films of the phantom with their splits, read as training reads them and not as the page does."""
+    opened = Corpus.open(folder)
+    sources = {split: opened.source(split) for split in opened.splits}
+    return [source[number] | {"split": split} for split, source in sources.items() for number in range(len(source))]
+
+
+def test_what_was_left_out_and_what_is_there_twice_is_on_the_page(shown):
+    counted, tables_ = tiles(shown["part0-counts"]), cards(shown["part0-tables"])
+    assert {name: counted[name] for name in ("films", "patients", "left out", "equal films", "with boxes")} == {
+        "films": "5",
+        "patients": "5",
+        "left out": "2",
+        "equal films": "1",
+        "with boxes": "0",
+    }
+    assert sorted(tables_["Left out, by reason"]) == [["empty findings", "1"], ["missing image", "1"]]
+    assert sorted(tables_["Left out, the first"]) == [
+        ["a5", "a5.png", "missing image", ""],
+        ["a6", "a6.png", "empty findings", ""],
+    ]
+    assert tables_["Views"] == [["PA", "5"]] and "Labels" not in tables_
+    # Equal and similar films of two splits, of which the one held out and trained on is a leak; the phantom's are of other patients.
+    assert cards(shown["shared"])["Films that two splits have"] == [
+        ["corpus train", "corpus test", "1", "1", "yes"],
+        ["corpus test", "corpus validation", "1", "0", "no"],
+    ]
+    titles = re.findall(r'<article class="card study"><h3>([^<]*)</h3>', shown["part0-films"])
+    assert sorted(titles) == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_labels_boxes_views_and_lengths_are_on_the_page(shown, tiny_corpus):
+    rows = phantoms(tiny_corpus)
+    counted, tables_ = tiles(shown["part2-counts"]), cards(shown["part2-tables"])
+    labels = {
+        label: [str(sum(int(row["labels"][k]) == value for row in rows)) for value in inspection.STATES]
+        for k, label in enumerate(CHEXPERT)
+    }
+    assert tables_["Labels"] == [[label, *of] for label, of in labels.items() if set(of) != {"0"}]
+    assert len(tables_["Labels"]) >= 8 and "Left out, by reason" not in tables_
+    assert {view: int(count) for view, count in tables_["Views"]} == Counter(row["view"] for row in rows)
+    rows_of = dict(Counter(row["split"] for row in rows))
+    (selection,) = (of for of in tables_["Selections, rows of an epoch"] if of[0] == "frontal")
+    assert selection[1:] == [str(rows_of[split]) for split in ("train", "validation", "test")]
+
+    boxes = {row["id"]: [a for a in json.loads(row["annotations"]) if a["box"]] for row in rows}
+    assert counted["films"] == str(len(rows)) == "24" and counted["patients"] == str(len({r["patient"] for r in rows}))
+    assert counted["with boxes"] == str(sum(map(bool, boxes.values()))) != "0"
+    films = dict(
+        re.findall(r'<article class="card study"><h3>([^<]*)</h3>(.*?)</article>', shown["part2-films"], re.DOTALL)
+    )
+    assert films.keys() == boxes.keys()
+    for row in rows:
+        film = films[row["id"]]
+        drawn = re.findall(r'<rect class="over" x="([^"]*)" y="([^"]*)" width="([^"]*)" height="([^"]*)"', film)
+        wanted = [(b[0], b[1], b[2] - b[0], b[3] - b[1]) for b in (a["box"] for a in boxes[row["id"]])]
+        assert [tuple(map(float, box)) for box in drawn] == [pytest.approx(box, rel=1e-4) for box in wanted]
+        caption = ", ".join(f"{a['finding']} {a['side'] or ''}".strip() for a in boxes[row["id"]])
+        assert (f"<figcaption>Boxes: {caption}</figcaption>" in film) == bool(caption)
+        chips = re.findall(r'<li class="mark \w+">([^<]*)</li>', film)
+        words = {1: "{}", 0: "no {}", -1: "{}?"}
+        stated = zip(CHEXPERT, map(int, row["labels"]), strict=True)
+        assert chips == [words[value].format(label) for label, value in stated if value in words]
+        assert f"<dt>Findings</dt><dd>{html.escape(row['findings'])}</dd>" in film
+
+    tokenizer = Corpus.open(tiny_corpus).tokenizer()
+    for split in rows_of:
+        lengths = [len(tokenizer.encode(row["findings"])) for row in rows if row["split"] == split]
+        drawn_ = bars(shown["part2-counts"])[f"Tokens of findings, {split}"]
+        assert drawn_ == [
+            (least, greatest, sum(least <= length <= greatest for length in lengths)) for least, greatest, _ in drawn_
+        ]
+        assert sum(count for _, _, count in drawn_) == len(lengths)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- shards
@@ -268,8 +384,8 @@ def test_the_page_fits_the_window(corpora, tmp_path, width):
     out = tmp_path / "page.html"
     run(f"--data={corpora[0]}", f"--out={out}")
     probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
-    html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    out.write_text(html.replace("</body>", probe))
+    page = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    out.write_text(page.replace("</body>", probe))
     command = [
         "chromium",
         "--headless",

@@ -178,7 +178,7 @@ def test_the_real_collection(real, tmp_path):
     words, ids = read_report(source / "ecgen-radiology" / "1.xml")
     assert ids == ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"]
     assert words["impression"] == "Normal chest x-XXXX."
-    manifest, _ = pack(arguments(source, image_size=64), tmp_path / "c", workers=1, progress=False)
+    manifest, _ = pack(arguments(source, image_size=64), tmp_path / "c", workers=1, progress=False, bad_rows=1.0)
     assert manifest["summary"]["written"] == 8
     with (real / "reports.csv").open(newline="", encoding="utf-8") as file:
         known = {Path(row["image"]).stem: row for row in csv.DictReader(file) if row["id"].startswith("openi-")}

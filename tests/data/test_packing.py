@@ -4,25 +4,30 @@ import dataclasses
 import errno
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from data import packing, records, shards
 from data.packing import Arguments, pack
 from data.phantom import builder as phantom
 from data.phantom.parser import parse
 from rad_jax import prompts
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +72,7 @@ def test_what_a_corpus_holds(corpus):
         "duplicate_images": equal,
         "near_duplicates": equal,
         "views": {"PA": 14, "AP": 6},
+        "patients": {"train": 10, "validation": 1, "test": 2},
     }
     manifest["summary"]["bytes"] = size
     assert (out / "skipped.csv").read_text().strip() == "id,image,reason,detail"
@@ -324,13 +330,77 @@ def test_finished_shards_are_left_alone_and_damaged_ones_made_again(tmp_path):
     assert shards.finished(dataclasses.replace(todo[0], jobs=range(4))) is None
 
 
-def test_a_limit_for_damaged_inputs(tmp_path):
-    shards.run(tasks(tmp_path), 1, False, 0.1)  # two of twenty
+def test_a_limit_for_damaged_inputs(tmp_path, monkeypatch):
+    """A share of all inputs, of at least 100; those count too that were known to be missing before a task was made."""
+    told = r"{} inputs cannot be used, more than --bad_rows={} allows; the first is {}, missing image: mend them"
+    shards.run(tasks(tmp_path), 1, False, 0.02)  # two of twenty
+    for _ in range(2):  # what is finished is looked at too, and what lacks an input is then no longer finished
+        with pytest.raises(shards.Stopped, match=told.format("2 of 20", r"0\.01", "x")):
+            shards.run(tasks(tmp_path), 1, False, 0.01)
+        assert [task.receipt.exists() for task in tasks(tmp_path)] == [True, False, True, False]
+    shards.run(tasks(tmp_path), 1, False, 0.02)
+    gone = [shards.Skip(str(number), f"gone{number}", "missing image") for number in range(4)]
+    chosen = [shards.Skip("y", "y", "empty findings")] * 100
+    shards.run(tasks(tmp_path), 1, False, 0.06, gone + chosen)
+    with pytest.raises(UserError, match=told.format("6 of 24", r"0\.05", "gone0")):
+        shards.run(tasks(tmp_path), 1, False, 0.05, chosen + gone)
+    # Nothing is written where the inputs that are missing are too many alone.
+    with pytest.raises(UserError, match=told.format("4 of 24", r"0\.01", "gone0")):
+        shards.run(tasks(tmp_path / "new"), 1, False, 0.01, gone)
+    monkeypatch.setitem(sys.modules, "apache_beam", types.ModuleType("apache_beam"))  # with which nothing can be begun
+    with pytest.raises(UserError, match=told.format("4 of 24", r"0\.01", "gone0")):
+        shards.run_on_beam(tasks(tmp_path / "new"), None, None, 0.01, gone)
+    shards.check_broken(tasks(tmp_path, each=1000, count=20_000), {}, 0.05, gone * 250)
+    with pytest.raises(UserError, match=told.format("1056 of 21056", r"0\.05", "gone0")):
+        shards.check_broken(tasks(tmp_path, each=1000, count=20_000), {}, 0.05, gone * 264)
+
+
+def test_what_bounds_the_bad_rows_where_nobody_does(tmp_path):
+    """The commands, the functions below them, and a run of a training agree; a corpus of which most is missing is refused as a whole."""
+    from rad_jax.train import Beside
+
+    # Both commands in one process would define the flag twice.
+    texts = ((ROOT / "launch" / name).read_text() for name in ("pack.py", "train.py"))
+    given = {float(value) for text in texts for value in re.findall(r'"bad_rows",\s+([\d.]+),', text)}
+    signatures = (inspect.signature(of).parameters["bad_rows"] for of in (pack, records.CorpusBuilder.__init__))
+    assert given | {Beside().bad_rows} | {of.default for of in signatures} == {shards.BAD_ROWS} == {0.05}
+    rows = ["image,findings", "a.png,Clear.", *(f"{number}.png,Clear." for number in range(6))]
+    (tmp_path / "reports.csv").write_text("\n".join(rows) + "\n")
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    mine = dataclasses.replace(SMALL, dataset="folder", source=str(tmp_path), image_size=16)
     with pytest.raises(
         UserError,
-        match=r"2 of 20 inputs cannot be used, more than --bad_rows=0\.05 allows; the first is x, missing image",
+        match=r"6 of 7 inputs cannot be used, more than --bad_rows=0\.05 allows; the first is 0\.png, missing",
     ):
-        shards.run(tasks(tmp_path), 1, False, 0.05)
+        pack(mine, tmp_path / "c", workers=1, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "reports.csv"]
+    manifest, _ = pack(mine, tmp_path / "c", workers=1, progress=False, bad_rows=1.0)
+    assert manifest["summary"]["written"] == 1 and manifest["summary"]["skipped"] == {"missing image": 6}
+
+
+def test_films_that_are_mended_are_packed(tmp_path):
+    """Too many damaged films: the shard without one stays, and the other is written when they are whole."""
+    rows = ["image,findings,split", *(f"{number}.png,Clear.,train" for number in range(70))]
+    (tmp_path / "reports.csv").write_text("\n".join(rows) + "\n")
+    for number in range(70):
+        Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")
+    mine = dataclasses.replace(SMALL, dataset="folder", source=str(tmp_path / "reports.csv"), image_size=16)
+    whole, _ = pack(mine, tmp_path / "whole", workers=1, progress=False)
+    films = Corpus.open(tmp_path / "whole").source("train")
+    damaged = {(tmp_path / f"{films[number]['id']}.png"): b"" for number in range(64, 70)}  # the second shard's
+    for path in damaged:
+        damaged[path] = path.read_bytes()
+        path.write_bytes(damaged[path][:40])
+    with pytest.raises(shards.Stopped, match="6 of 70 inputs cannot be used"):
+        pack(mine, tmp_path / "c", workers=1, progress=False)
+    (kept,) = (tmp_path / ".c.packing/shards").glob("*.json")
+    number = kept.with_suffix(".array_record").stat().st_ino
+    for path, data in damaged.items():
+        path.write_bytes(data)
+    manifest, _ = pack(mine, tmp_path / "c", workers=1, progress=False)
+    assert manifest["fingerprint"] == whole["fingerprint"] and manifest["summary"] == whole["summary"]
+    assert number in {path.stat().st_ino for path in (tmp_path / "c/folder/1.0.0").iterdir()}
+    assert not (tmp_path / ".c.packing").exists()
 
 
 @pytest.mark.parametrize(

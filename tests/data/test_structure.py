@@ -213,7 +213,8 @@ def test_real_reports_from_collection_to_corpus(openi, tmp_path, chat_server, op
     command.structure_corpus(options(openi, out, server.url))
     assert len(server.bodies) - before <= 4
 
-    manifest, _ = pack(arguments(openi, structured=str(out)), tmp_path / "c", workers=1, progress=False)
+    given = arguments(openi, structured=str(out))
+    manifest, _ = pack(given, tmp_path / "c", workers=1, progress=False, bad_rows=1.0)  # films of 40 of the 300 reports
     counts = manifest["summary"]["counts"]
     assert counts["films with a structured text"] > 40 > counts["films with a report and no structured text"]
     corpus = Corpus.open(tmp_path / "c")
@@ -272,6 +273,76 @@ def test_a_spanish_corpus(tmp_path, chat_server, options):
     rows = [corpus.source(split, "all.llm")[0] for split, count in counts.items() if count]
     assert sum(counts.values()) == 2 and {row["findings"] for row in rows} <= set(english.values())
     assert corpus.access == "credentialed"
+
+
+# Portuguese report -> the model's answers in turn, and why the last of them is rejected.
+PORTUGUESE: list[tuple[str, tuple[str, ...], str | None]] = [
+    ("Derrame pleural à direita. Cardiomegalia.", ("Right pleural effusion. Cardiomegaly.",), None),
+    (
+        "Não há consolidações. Nódulo de 12 mm no lobo superior direito.",
+        ("No consolidation. 12 mm nodule in the right upper lobe.",),
+        None,
+    ),
+    ("Marca-passo à esquerda. Não se observa fratura.", ("Pacemaker on the left. No fracture is seen.",), None),
+    ("Derrame bilateral, maior à direita.", ("Bilateral effusions, right greater than left.",), None),
+    ("Derrame resolvido desde o exame anterior. Pulmões livres.", ("The lungs are clear.",), None),
+    # The second try is right.
+    ("Sem fraturas. Derrame à esquerda.", ("Fracture. Left effusion.", "No fracture. Left effusion."), None),
+    # A denial that is lost: turned into a finding, or left out.
+    ("Coração normal, sem derrame.", ("Normal heart, effusion.",), guards.AFFIRMED),
+    ("Sem pneumotórax. Atelectasia à esquerda.", ("Left atelectasis.",), guards.LOST_DENIAL),
+    # Sides that change places, and one that is lost.
+    ("Pneumotórax à esquerda.", ("Right pneumothorax.",), guards.SIDE),
+    (
+        "Derrame à direita e atelectasia à esquerda.",
+        ("Left effusion and right atelectasis.", "Effusion on the left and atelectasis on the right."),
+        guards.SIDE,
+    ),
+    ("Consolidação à direita.", ("Consolidation.",), guards.LOST_SIDE),
+    ("Nódulo calcificado de 8 mm.", ("Calcified nodule of 18 mm.",), guards.NEW_NUMBER),
+    ("Pulmões livres.", ("Clear lungs. Small nodule.",), guards.INVENTED),
+    ("Cardiomegalia. Espessamento pleural.", ("Cardiomegaly.",), guards.LOST),
+    ("Edema intersticial, sem nódulos.", ("Edema intersticial, sem nódulos.",), guards.NOT_ENGLISH),
+]
+
+
+def test_portuguese_reports(tmp_path, chat_server, options):
+    """Own reports in Portuguese become English texts of their films, or are rejected with the reason and the model's last answer."""
+    lines = ["id,image,split,findings", *(f'{k},{k}.png,train,"{text}"' for k, (text, *_) in enumerate(PORTUGUESE))]
+    (tmp_path / "reports.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    asked: Counter[str] = Counter()
+
+    def translator(body):
+        # A second try has the first one's turns before its own.
+        report = body["messages"][1]["content"].partition("The report:\n")[2].removeprefix("FINDINGS: ")
+        answers = next(answers for text, answers, _ in PORTUGUESE if text == report.strip())
+        asked[report.strip()] += 1
+        return reply(findings=answers[min(asked[report.strip()], len(answers)) - 1])
+
+    server, out = chat_server(translator), tmp_path / "s.jsonl"
+    told = command.structure_corpus(options(tmp_path, out, server.url, dataset="folder", language="pt"))
+    wrong = {text: reason for text, _, reason in PORTUGUESE if reason}
+    assert f"{len(PORTUGUESE) - len(wrong)} of {len(PORTUGUESE)} reports structured, {len(wrong)} rejected" in told
+    assert all("Portuguese" in body["messages"][0]["content"] for body in server.bodies)
+    # What the guards refuse is asked for once more.
+    assert asked == {text: 2 if reason or len(answers) > 1 else 1 for text, answers, reason in PORTUGUESE}
+    keys = {structure.key_of(f"FINDINGS: {text}"): text for text, *_ in PORTUGUESE}
+    rejected = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
+    assert {keys[row["key"]]: row["reason"] for row in rejected} == wrong
+    last = {text: answers[-1] for text, answers, _ in PORTUGUESE}
+    assert all(json.loads(row["answer"])["FINDINGS"] == last[keys[row["key"]]] for row in rejected)
+    kept = {keys[key]: row["findings"] for key, row in structure.load(out).items()}
+    assert kept == {text: last[text] for text in last.keys() - wrong.keys()}
+    info = json.loads(Path(f"{out}.info.json").read_text())
+    assert info["language"] == "pt" and info["rejected"] == dict(Counter(wrong.values()))
+
+    for number in range(len(PORTUGUESE)):
+        Image.new("L", (32, 32), number).save(tmp_path / f"{number}.png")
+    given = dataclasses.replace(arguments(tmp_path, structured=str(out)), dataset="folder")
+    manifest, _ = pack(given, tmp_path / "c", workers=1, progress=False)
+    assert manifest["summary"]["counts"]["films with a structured text"] == len(kept)
+    rows = Corpus.open(tmp_path / "c").source("train", "all.llm")
+    assert sorted(rows[number]["findings"] for number in range(len(rows))) == sorted(kept.values())
 
 
 def test_every_corpus_says_who_may_have_it():
