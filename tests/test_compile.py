@@ -82,7 +82,8 @@ def test_what_is_compiled_is_what_is_trained(monkeypatch, file, machine, overrid
     """A larger batch takes more turns and fewer steps, unless they are given; a flag wins over the machine in both commands."""
     trained, _ = parsed(monkeypatch, f"{file}:{machine}", *overrides)
     name, _, slices = machine.partition("x")
-    compiled = command.fitted(*parsed(monkeypatch, file, *overrides), name, int(slices or 1))
+    config, set_flags = parsed(monkeypatch, file, *overrides)
+    compiled = command.fitted(config, set_flags, name, int(slices or 1))
     assert compiled.to_dict() == trained.to_dict()
     assert (trained.batch_size, trained.num_micro, trained.steps) == (batch, turns, steps)
 
@@ -95,7 +96,8 @@ def given(monkeypatch, **values):
 
 def test_an_experiment_that_names_no_machine(monkeypatch):
     """Read from a command's flags, and locked by them."""
-    config = command.fitted(*parsed(monkeypatch, "phantom.py:stage3", "batch_size=32"), "v5e-8", 2)
+    config, set_flags = parsed(monkeypatch, "phantom.py:stage3", "batch_size=32")
+    config = command.fitted(config, set_flags, "v5e-8", 2)
     assert config.mesh.to_dict() == {"data": 2, "fsdp": 8, "tensor": 1}
     assert (config.model.vision.attention, config.model.llm.remat, config.num_micro) == ("splash", "minimal", 2)
     assert config.is_locked
@@ -344,6 +346,7 @@ def test_compute_time_is_that_of_another_reader(compiled):
     if not (folder / "hlo_time.py").exists():
         pytest.skip(f"the other reader is not here: {folder}/hlo_time.py")
     spec = importlib.util.spec_from_file_location("hlo_time", folder / "hlo_time.py")
+    assert spec is not None and spec.loader is not None
     reader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reader)
     kernels = json.loads((folder / "kernel_cycles.json").read_text())["TPU v5 lite|splash|1792|896|896|896|0"]

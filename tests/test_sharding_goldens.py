@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -69,7 +70,7 @@ class Placed:
 
     def optimizer_lines(self):
         """A line per weight: the optimizer's arrays that belong to it, as they are laid out."""
-        found = {}
+        found: dict[tuple[str, str], list[str]] = {}
         for name, path, leaf in self.moments():
             line = f"{leaf.dtype.name:9} {dims(leaf.shape, leaf.sharding.spec)}"
             found.setdefault((path, line), []).append(name)
@@ -105,7 +106,7 @@ class Placed:
     def traced(self, function, *arguments):
         with jax.sharding.use_abstract_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             jaxpr = jax.make_jaxpr(function)(*arguments)
-        found = Counter()
+        found: Counter[tuple[str, tuple[int, ...], tuple[Any, ...]]] = Counter()
         for eqn in equations(jaxpr.jaxpr):
             if eqn.primitive.name == "sharding_constraint":
                 aval, spec = eqn.invars[0].aval, tuple(eqn.params["sharding"].spec)
@@ -115,7 +116,7 @@ class Placed:
     def activations(self):
         """A line per constraint; B is one of two micro-batches of all devices."""
         names = {self.config.batch_size // 2: "B", self.config.batch_size: "2B"}
-        found = Counter()
+        found: Counter[str] = Counter()
         for (dtype, shape, spec), count in self.constraints.items():
             batch = [axis is not None and "data" in axis for axis in spec]
             named = [names[n] if b else n for n, b in zip(shape, batch, strict=True)]
@@ -183,7 +184,7 @@ def equations(jaxpr):
 
 def alike(stage, machines):
     """Machines that compute a stage with the same code, on whatever mesh: lists of names."""
-    groups = {}
+    groups: dict[Any, list[str]] = {}
     for machine in machines:
         groups.setdefault(Placed(stage, machine).task, []).append(machine)
     return list(groups.values())
