@@ -73,20 +73,22 @@ def test_kernel_over_a_mesh(training):
 
 
 ROWS = (40, 17, 3, 9, 40, 1, 22, 30)
+# Lengths, padded length, causal, the mask that cuDNN is asked for.
 MASKS = {
-    "decoder": (ROWS, True, "PADDING_CAUSAL"),
-    "text tower": (ROWS, False, "PADDING"),
-    "image tower": (None, False, "NO_MASK"),
-    "decoder, whole rows": (None, True, "CAUSAL"),
+    "decoder": (ROWS, 40, True, "PADDING_CAUSAL"),
+    "text tower": (ROWS, 40, False, "PADDING"),
+    "image tower": (None, 40, False, "NO_MASK"),
+    "odd image tower": (None, 41, False, "PADDING"),
+    "odd rows": (None, 41, True, "CAUSAL"),
 }
 
 
 @pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
-@pytest.mark.parametrize(("lengths", "causal", "mask"), MASKS.values(), ids=MASKS)
-def test_cudnn_is_called_for_each_devices_rows_and_heads(training, monkeypatch, axes, lengths, causal, mask):
+@pytest.mark.parametrize(("lengths", "size", "causal", "mask"), MASKS.values(), ids=MASKS)
+def test_cudnn_is_called_for_each_devices_rows_and_heads(training, monkeypatch, axes, lengths, size, causal, mask):
     """Lowered for a GPU that is not here: forward and backward call cuDNN, with the mask that is meant and as many lengths as rows."""
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    q, k = (jax.ShapeDtypeStruct((8, 40, n, 64), jnp.bfloat16) for n in (4, 2))
+    q, k = (jax.ShapeDtypeStruct((8, size, n, 64), jnp.bfloat16) for n in (4, 2))
     given = None if lengths is None else jax.ShapeDtypeStruct((8,), jnp.int32)
 
     def loss(q, k, v, lengths):
@@ -107,20 +109,20 @@ def test_cudnn_is_called_for_each_devices_rows_and_heads(training, monkeypatch, 
     for line in calls:
         assert re.findall(r"\\22mask_type\\22: \\22(\w+)\\22", line) == [mask]
         taken = line.rsplit(" : (", 1)[1].split(") -> ")[0]
-        kinds = [f"tensor<{rows}x40x{n // heads}x64xbf16>" for n in (4, 2, 2)]
+        kinds = [f"tensor<{rows}x{size + size % 2}x{n // heads}x64xbf16>" for n in (4, 2, 2)]
         assert taken.startswith(", ".join(kinds))
-        assert re.findall(r"tensor<\w+xi32>", taken) == ([] if lengths is None else [f"tensor<{rows}xi32>"] * 2)
+        assert re.findall(r"tensor<\w+xi32>", taken) == [f"tensor<{rows}xi32>"] * 2 * ("PADDING" in mask)
 
 
 @pytest.mark.parametrize("over", ["one device", "mesh"])
-@pytest.mark.parametrize(("lengths", "causal", "mask"), MASKS.values(), ids=MASKS)
-def test_cudnn_gives_what_xla_gives(training, over, lengths, causal, mask):
+@pytest.mark.parametrize(("lengths", "size", "causal", "mask"), MASKS.values(), ids=MASKS)
+def test_cudnn_gives_what_xla_gives(training, over, lengths, size, causal, mask):
     """In bfloat16: a rounding is 2^-9 of a number, and outputs are of size 1."""
     if jax.default_backend() != "gpu":
         pytest.skip("no NVIDIA GPU: with one, and JAX for it (pip install 'jax[cuda13]'), set JAX_PLATFORMS=cuda")
     devices = next(n for n in (8, 4, 2, 1) if n <= jax.device_count())
     mesh = training.mesh(fsdp=devices) if over == "mesh" else None
-    xla, cudnn = both(lengths, 40, 4, 2, 64, causal, mesh, kernel="cudnn", dtype=jnp.bfloat16, rows=8)
+    xla, cudnn = both(lengths, size, 4, 2, 64, causal, mesh, kernel="cudnn", dtype=jnp.bfloat16, rows=8)
     close(cudnn, xla, tolerance=2e-2)
 
 

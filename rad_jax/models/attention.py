@@ -66,9 +66,13 @@ def named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 def _cudnn(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """`attend` by cuDNN's fused attention."""
+    """`attend` by cuDNN's fused attention. JAX takes its gradient for even lengths only: odd ones are padded."""
+    queries, keys = q.shape[1], k.shape[1]
+    if keys % 2 and not causal and lengths is None:
+        lengths = jnp.full(q.shape[:1], keys, jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation="cudnn")
-    return checkpoint_name(y, "attended")
+    return checkpoint_name(y, "attended")[:, :queries]
 
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, interpret: bool) -> Array:
