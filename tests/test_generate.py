@@ -177,7 +177,7 @@ def test_loop_ends_with_the_last_text(index, turns):
     """How often the model is run, of 8 times that there is room for."""
     end = 8
     script = np.array([[3, 4, end, 5, 5, 5, 5, 5], [6, end, 7, 7, 7, 7, 7, 7], [1, 2, 1, 2, end, 3, 3, 3]], np.int32)
-    asked = []
+    asked: list[int] = []
     batch = {"tokens": np.ones((3, 1), np.int32), "length": np.ones(3, np.int32), "index": np.array(index, np.int32)}
     found = quickly(Scripted(asked), script, batch, max_new_tokens=8, eos_id=end)
     jax.effects_barrier()

@@ -59,7 +59,7 @@ def trained(training):
         config.optimizer.update(warmup_ratio=0.0, peak_lr=0.1, eps=1.0)
         task, mesh = tasks.make_task(config), training.mesh(**dict(axes))
         optimizer = optim.optimizer(config.optimizer, config.steps)
-        numbers = []
+        numbers: list[list[float]] = []
         with jax.set_mesh(mesh):
             state, frozen = train.initial(config, task, optimizer, training.variables(config), mesh)
         where = jax.tree.map(lambda x: x.sharding, state)

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ class Number:
 def test_loop_reads_no_step_before_the_next_is_dispatched(training, tmp_path, log_every):
     """But for a save, which the last step has: the device is never idle while the host looks at numbers."""
     config = training.config("lm", steps=7, log_every=log_every, checkpoint_every=100)
-    dispatched, reads = [], {}
+    dispatched: list[int] = []
+    reads: dict[int, int] = {}
 
     class Step:
         def lower(self, *_):
@@ -107,11 +109,11 @@ def test_loop_reads_no_step_before_the_next_is_dispatched(training, tmp_path, lo
             return state, {name: Number(lambda: reads.setdefault(number, len(dispatched))) for name in names}
 
     phases, saved = goodput.Phases(), []
-    checkpoints = SimpleNamespace(save=lambda state, data: saved.append(len(dispatched)))
+    checkpoints: Any = SimpleNamespace(save=lambda state, data: saved.append(len(dispatched)))
     around = train.Around(tmp_path, training.mesh(), "", checkpoints, phases, train.Beside())
     model, nothing = tasks.make_task(config).model.config, around.beside
     log = runlog.RunLog(config, model, tmp_path, 0, 0, phases, nothing.names, nothing.writers, nothing.bad_rows)
-    state = SimpleNamespace(step=0)
+    state: Any = SimpleNamespace(step=0)
     assert train.loop(config, Step(), state, {}, training.batches(config), log, around) == 7
     log.close()
     assert saved == [7]
