@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import pickle
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -76,23 +78,45 @@ def test_accumulation_computes_nothing_twice():
     )
 
 
-def reduced(text):
-    """Elements that chips add up among each other, per step."""
-    network = schedule.Network(chips.CHIPS["v5e"], {"data": 1, "fsdp": 8, "tensor": 1})
-    found = schedule.read(text, network).collectives
-    return sum(found[kind, "fsdp", "bytes"] for kind in ("all-reduce", "reduce-scatter")) / 4
+def reduced(text, mesh):
+    """Elements that a chip adds to those of chips with other rows, per step: among these would be gradients of frozen weights."""
+    found = schedule.read(text, schedule.Network(chips.CHIPS["v5e"], mesh)).collectives
+    sizes = [
+        size
+        for (kind, axes, what), size in found.items()
+        if what == "bytes" and kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & set(axes.split("+"))
+    ]
+    return sum(sizes) / 4
 
 
-def test_only_gradients_of_trainables_cross_the_mesh():
-    """They are float32, and cross once; the frozen decoder alone has several times as many weights."""
-    config = experiment(3, "full")
-    state, _ = lowered(config)
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-    _, frozen = train.abstract(
-        config, tasks.make_task(config), optim.optimizer(config.optimizer, 10), sharding.make_mesh(1, 8, 1)
+@pytest.mark.parametrize(
+    ("stage", "mesh", "num_micro"),
+    [
+        (3, (1, 8, 1), 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, (1, 8, 1), 1), (3, (1, 8, 1), 2), (3, (2, 2, 2), 1), (2, (2, 2, 2), 1))
+        ),
+    ],
+)
+def test_only_gradients_of_trainables_cross_the_mesh(stage, mesh, num_micro):
+    """They are float32, and cross once a micro-batch; the frozen decoder alone has several times as many weights."""
+    axes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    config = experiment(stage, "full", num_micro=num_micro, mesh=axes)
+    state, step = lowered(config)
+    # A chip's part of the gradients before they are scattered over fsdp; tensor has cut them already.
+    trainable = axes["fsdp"] * sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.trainable)
     )
-    assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) > 3 * trainable
-    assert 0.5 * trainable < reduced(text_of(3, "full")) < 1.1 * trainable
+    _, frozen = train.abstract(
+        config, tasks.make_task(config), optim.optimizer(config.optimizer, 10), sharding.make_mesh(*mesh)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) > 3 * axes["tensor"] * trainable
+    if mesh == (1, 8, 1):
+        text = text_of(stage, "full", **({"num_micro": num_micro} if num_micro > 1 else {}))
+    else:
+        text = step.compile(compiler_options=CPU).as_text()
+    assert 0.5 * trainable < reduced(text, axes) / num_micro < 1.1 * trainable
 
 
 def test_optimizer_has_two_moments_of_each_trainable_and_nothing_else():

@@ -1,4 +1,6 @@
-"""The TPU's attention kernel and rotary product, run on this CPU in interpreted mode, against the plain ones."""
+"""The TPU's attention kernel and rotary product, run on this CPU in interpreted mode, against the plain ones; cuDNN's, where a GPU is."""
+
+import re
 
 import dataclasses
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.sharding import PartitionSpec
 
 from rad_jax import sharding
@@ -23,13 +26,11 @@ CASES = {
 }
 
 
-def both(lengths, size, heads, kv_heads, width, causal, mesh=None):
-    """Outputs at real queries, and gradients of a random sum of them, by XLA's attention and by the kernel."""
+def both(lengths, size, heads, kv_heads, width, causal, mesh=None, kernel="splash_interpret", dtype=np.float32, rows=2):
+    """Outputs at real queries, and gradients of a random sum of them, by XLA's attention and by the kernel; float32 numpy."""
     rng = np.random.default_rng(0)
-    rows = 2 if lengths is None else len(lengths)
-    q, k, v, probe = (
-        rng.normal(size=(rows, size, n, width)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)
-    )
+    rows = rows if lengths is None else len(lengths)
+    q, k, v, probe = (rng.normal(size=(rows, size, n, width)).astype(dtype) for n in (heads, kv_heads, kv_heads, heads))
     real = np.ones((rows, size), bool) if lengths is None else np.arange(size) < np.asarray(lengths)[:, None]
     given = None if lengths is None else jnp.asarray(lengths, jnp.int32)
 
@@ -39,20 +40,21 @@ def both(lengths, size, heads, kv_heads, width, causal, mesh=None):
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
     found = []
-    for impl in ("xla", "splash_interpret"):
+    for impl in ("xla", kernel):
         if mesh is None:
             (_, y), grads = step(q, k, v, impl)
         else:
             with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
                 (_, y), grads = step(q, k, v, impl)
-        found.append((np.asarray(y)[real], jax.tree.map(np.asarray, grads)))
+        y, grads = jax.tree.map(lambda x: np.asarray(x, np.float32), (y, grads))
+        found.append((y[real], grads))
     return found
 
 
-def close(one, other):
-    np.testing.assert_allclose(one[0], other[0], rtol=0, atol=TOLERANCE)
+def close(one, other, tolerance=TOLERANCE):
+    np.testing.assert_allclose(one[0], other[0], rtol=0, atol=tolerance)
     for mine, theirs in zip(one[1], other[1], strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(("lengths", "size", "heads", "kv_heads", "width", "causal"), CASES.values(), ids=CASES)
@@ -70,6 +72,60 @@ def test_kernel_over_a_mesh(training):
         call = jax.make_jaxpr(lambda q: attention.attend(q, q, q, None, causal=True, impl="splash_interpret"))(x)
     (mapped,) = [equation for equation in call.eqns if equation.primitive.name == "shard_map"]
     assert mapped.params["out_specs"] == (PartitionSpec(("data", "fsdp"), None, "tensor", None),)
+
+
+ROWS = (40, 17, 3, 9, 40, 1, 22, 30)
+# Lengths, padded length, causal, the mask that cuDNN is asked for.
+MASKS = {
+    "decoder": (ROWS, 40, True, "PADDING_CAUSAL"),
+    "text tower": (ROWS, 40, False, "PADDING"),
+    "image tower": (None, 40, False, "NO_MASK"),
+    "odd image tower": (None, 41, False, "PADDING"),
+    "odd rows": (None, 41, True, "CAUSAL"),
+}
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(("lengths", "size", "causal", "mask"), MASKS.values(), ids=MASKS)
+def test_cudnn_is_called_for_each_devices_rows_and_heads(training, monkeypatch, axes, lengths, size, causal, mask):
+    """Lowered for a GPU that is not here: forward and backward call cuDNN, with the mask that is meant and as many lengths as rows."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    q, k = (jax.ShapeDtypeStruct((8, size, n, 64), jnp.bfloat16) for n in (4, 2))
+    given = None if lengths is None else jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def loss(q, k, v, lengths):
+        return attention.attend(q, k, v, lengths, causal=causal, impl="cudnn").astype(jnp.float32).sum()
+
+    def code():
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, given)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    if axes is None:
+        text = code()
+    else:
+        with jax.set_mesh(training.mesh(**axes)), nn.logical_axis_rules(sharding.RULES):
+            text = code()
+    calls = [line for line in text.splitlines() if "stablehlo.custom_call @__cudnn" in line]
+    assert [re.findall(r"@__cudnn\$(\w+)\(", line) for line in calls] == [["fmhaSoftmax"], ["fmhaSoftmaxBackward"]]
+    rows, heads = (8, 1) if axes is None else (2, 2)
+    for line in calls:
+        assert re.findall(r"\\22mask_type\\22: \\22(\w+)\\22", line) == [mask]
+        taken = line.rsplit(" : (", 1)[1].split(") -> ")[0]
+        kinds = [f"tensor<{rows}x{size + size % 2}x{n // heads}x64xbf16>" for n in (4, 2, 2)]
+        assert taken.startswith(", ".join(kinds))
+        assert re.findall(r"tensor<\w+xi32>", taken) == [f"tensor<{rows}xi32>"] * 2 * ("PADDING" in mask)
+
+
+@pytest.mark.parametrize("over", ["one device", "mesh"])
+@pytest.mark.parametrize(("lengths", "size", "causal", "mask"), MASKS.values(), ids=MASKS)
+def test_cudnn_gives_what_xla_gives(training, over, lengths, size, causal, mask):
+    """In bfloat16: a rounding is 2^-9 of a number, and outputs are of size 1."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("no NVIDIA GPU: with one, and JAX for it (pip install 'jax[cuda13]'), set JAX_PLATFORMS=cuda")
+    devices = next(n for n in (8, 4, 2, 1) if n <= jax.device_count())
+    mesh = training.mesh(fsdp=devices) if over == "mesh" else None
+    xla, cudnn = both(lengths, size, 4, 2, 64, causal, mesh, kernel="cudnn", dtype=jnp.bfloat16, rows=8)
+    close(cudnn, xla, tolerance=2e-2)
 
 
 @pytest.mark.parametrize(

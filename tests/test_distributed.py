@@ -17,10 +17,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from rad_jax import checkpoint, distributed, errors, metrics, sharding
+from data.phantom.parser import parse
+from evaluation.development import Development
+from rad_jax import checkpoint, distributed, errors, metrics, sharding, tasks, train
+from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +79,8 @@ class Jobs:
         (self._folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
         return f"--config={self._folder / 'tiny.py'}:{name}"
 
-    def start(self, processes, devices, command, *arguments, last=None):
-        """Processes of one job, or one process alone; the `last` one sends itself this signal."""
+    def start(self, processes, devices, command, *arguments, victim=None):
+        """Processes of one job, or one process alone; the `victim`, (index, signal), sends itself this signal."""
         environment = dict(os.environ)
         # Compiling takes far longer than running, so it may do without polishing the code.
         quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -90,8 +94,9 @@ class Jobs:
         for index in range(processes):
             several = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
             several = [*several, f"--process_id={index}"] if processes > 1 else []
-            signalled = last is not None and index == processes - 1
-            run = ["-c", VICTIM, str(int(last)), f"launch.{command}"] if signalled else ["-m", f"launch.{command}"]
+            run = ["-m", f"launch.{command}"]
+            if victim and victim[0] == index:
+                run = ["-c", VICTIM, str(int(victim[1])), f"launch.{command}"]
             job.append(
                 subprocess.Popen(
                     [sys.executable, *run, *arguments, *several],
@@ -121,9 +126,18 @@ class Jobs:
         return [process.text for process in ended]
 
 
-@pytest.fixture
-def jobs(tmp_path):
-    return Jobs(tmp_path)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """With one cache for the programs of all their processes."""
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def whole(training, tmp_path_factory):
+    """A run of stage lm over eight steps, by this process on one device, which nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    training.run(training.config("lm", steps=8), workdir)
+    return workdir
 
 
 def mesh_flags(data, fsdp, tensor):
@@ -131,9 +145,10 @@ def mesh_flags(data, fsdp, tensor):
 
 
 def same_run(found: Path, expected: Path, resumed: bool = False):
-    """Losses and weights of two runs, and what was counted in their batches: bad rows since the last start.
+    """Losses, weights and gradients of two runs, and what was counted in their batches: bad rows since the last start.
 
-    float32 sums over devices come in another order: 1e-5 relative in a loss. For weights see test_sharding.py.
+    float32 sums over devices come in another order: 1e-5 relative in a loss. Adam's first steps are lr * sign(gradient), with lr = 1e-3:
+    single weights whose gradient is all rounding may go another way. The mean gradient that Adam keeps shows what all of them were given.
     """
     rows, others = metrics.read(found), metrics.read(expected)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
@@ -144,15 +159,27 @@ def same_run(found: Path, expected: Path, resumed: bool = False):
         assert [row[name] for row in rows] == [row[name] for row in others]
     tokens, expected_tokens = ([row["tokens_per_s"] * row["step_time_s"] for row in r] for r in (rows, others))
     np.testing.assert_allclose(tokens, expected_tokens)
-    step = str(rows[-1]["step"])
-    weights, expected_weights = (
-        flatten_dict(checkpoint.read_trainable(run / "checkpoints" / step), sep="/") for run in (found, expected)
+    (weights, grads), (expected_weights, expected_grads) = (
+        saved(r / "checkpoints", rows[-1]["step"]) for r in (found, expected)
     )
-    assert weights.keys() == expected_weights.keys()
-    for path in weights:
+    assert weights.keys() == expected_weights.keys() == grads.keys() == expected_grads.keys()
+    floor = 1e-2 * max(np.abs(grad).max() for grad in expected_grads.values())  # key biases have none but rounding
+    for path, grad in expected_grads.items():
+        assert np.abs(grads[path] - grad).max() < 1e-3 * max(np.abs(grad).max(), floor), path
         if not path.endswith("attn/k/bias"):
-            difference = np.abs(weights[path] - expected_weights[path])
-            assert difference.mean() < 2e-5 and difference.max() < 3e-3, path
+            assert np.abs(weights[path] - expected_weights[path]).mean() < 2e-5, path
+
+
+def saved(folder: Path, step: int):
+    """Weights of a checkpoint, and their mean gradients as Adam keeps them: numpy by path."""
+    parts = {"trainable": ocp.StandardCheckpointHandler(), "rest": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=parts) as manager:
+        trees = {name: manager.item_metadata(step)[name].tree for name in parts}
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), trees)
+        read = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        found = manager.restore(step, args=ocp.args.Composite(**read))
+    (mean,) = (part["mu"] for part in found["rest"]["opt_state"] if part and "mu" in part)
+    return flatten_dict(found["trainable"], sep="/"), flatten_dict(mean, sep="/")
 
 
 @pytest.mark.slow
@@ -162,7 +189,6 @@ def same_run(found: Path, expected: Path, resumed: bool = False):
         ("stage1", [], 2, (2, 4, 1)),
         ("stage2", ["lm", "stage1"], 2, (1, 1, 8)),  # both processes hold all rows
         ("stage3", ["stage2"], 2, (2, 2, 2)),
-        ("lm", [], 4, (4, 2, 1)),
     ],
 )
 def test_processes_learn_what_one_learns(training, chain, jobs, tmp_path, stage, bases, processes, mesh):
@@ -179,15 +205,34 @@ def test_processes_learn_what_one_learns(training, chain, jobs, tmp_path, stage,
 
 
 @pytest.mark.slow
+def test_four_processes_learn_and_score_what_one_does(training, chain, jobs, tmp_path):
+    """Meanwhile they write findings together, and the first one scores them."""
+    config = training.config("stage3")
+    config.evaluate.update({"every": 2, "split": "train", "studies": 12, "batch_size": 5, "max_new_tokens": 6})
+    one, four, corpus = tmp_path / "one", tmp_path / "four", Corpus.open(training.corpus)
+    develop = Development(config.evaluate, tasks.make_task(config).model, corpus, training.mesh(), parse)
+    training.run(config, one, (chain / "stage2",), beside=train.Beside(evaluate=develop))
+    arguments = [jobs.config(config, "scored"), f"--data={training.corpus}", f"--base={chain / 'stage2'}"]
+    texts = jobs.run(4, 2, "train", *arguments, f"--workdir={four}", *mesh_flags(2, 2, 2))
+    same_run(four, one)
+    found, expected = ([{**row, "time": 0} for row in metrics.lines(run / "evaluations.jsonl")] for run in (four, one))
+    assert found == expected and [row["step"] for row in expected] == [2, 4]
+    assert (best := checkpoint.read_best(four)) and best == checkpoint.read_best(one)
+    assert "processes: 4" in texts[0]
+    assert not any("at step" in text for text in texts[1:])
+
+
+@pytest.mark.slow
 def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
-    """Findings in the corpus's order, ranks and attention maps."""
+    """Findings in the corpus's order, by four processes; ranks and attention maps, by two."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     data = f"--data={training.corpus}"
     for out, processes, devices in ((one, 1, 1), (two, 2, 4)):
+        writers = (4, 2) if processes > 1 else (1, 1)
         writes = [f"--checkpoint={chain / 'stage3'}", data, "--split=train", "--max_new_tokens=6", "--batch_size=8"]
-        jobs.run(processes, devices, "generate", *writes, f"--out={out / 'predictions.jsonl'}")
+        jobs.run(*writers, "generate", *writes, f"--out={out / 'predictions.jsonl'}")
         ranks = [f"--checkpoint={chain / 'stage1'}", data, "--split=train", "--batch_size=8"]
         jobs.run(processes, devices, "retrieve", *ranks, f"--out={out / 'retrieval.json'}")
         known = tmp_path / "known.jsonl"
@@ -210,16 +255,16 @@ def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1], ids=["the first, which coordinates and writes", "the last"])
+def test_killed_process_ends_the_job_and_the_job_goes_on(training, whole, jobs, tmp_path, victim):
     """SIGKILL in step 6 of 8: the other process says so and ends; started again, the job ends as one that was not interrupted."""
     config = training.config("lm", steps=8)
-    training.run(config, tmp_path / "whole")
     workdir = tmp_path / "parts"
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={workdir}", *mesh_flags(2, 4, 1)]
-    job = jobs.start(2, 4, "train", *arguments, last=signal.SIGKILL)
-    assert job[1].wait(timeout=600) == -signal.SIGKILL
+    job = jobs.start(2, 4, "train", *arguments, victim=(victim, signal.SIGKILL))
+    assert job[victim].wait(timeout=600) == -signal.SIGKILL
     killed = time.monotonic()
-    (survivor, _) = jobs.end(job)
+    survivor = jobs.end(job)[1 - victim]
     assert time.monotonic() - killed < 120
     # Either a collective fails, and we say it, or it hangs until JAX misses the process, says so and aborts.
     assert survivor.status in (distributed.RESTART, -signal.SIGABRT), survivor.text
@@ -229,7 +274,7 @@ def test_killed_process_ends_the_job_and_the_job_goes_on(training, jobs, tmp_pat
 
     text = jobs.run(2, 4, "train", *arguments)[0]
     assert re.search("resumed at step [24]", text)  # the save at step 4 may not have been whole yet
-    same_run(workdir, tmp_path / "whole", resumed=True)
+    same_run(workdir, whole, resumed=True)
 
 
 @pytest.mark.slow
@@ -237,7 +282,7 @@ def test_terminated_process_makes_the_job_save_and_stop(training, jobs, tmp_path
     """SIGTERM to one process, as before a machine is taken away."""
     config = training.config("lm", steps=100_000, checkpoint_every=50_000, log_every=50_000)
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
-    job = jobs.start(2, 4, "train", *arguments, *mesh_flags(2, 4, 1), last=signal.SIGTERM)
+    job = jobs.start(2, 4, "train", *arguments, *mesh_flags(2, 4, 1), victim=(1, signal.SIGTERM))
     for process in jobs.end(job):
         assert process.status == distributed.RESTART, process.text
     run = checkpoint.load_run(tmp_path / "run")
@@ -251,17 +296,16 @@ def test_terminated_process_makes_the_job_save_and_stop(training, jobs, tmp_path
     [((2, 2, 2), (1, (1, 2, 1))), ((2, 2, 2), (2, (2, 4, 1))), ((1, 1, 1), (2, (2, 1, 1)))],
     ids=["8 devices to 2", "8 devices to 2 processes of 4", "1 process to 2"],
 )
-def test_run_goes_on_elsewhere(training, jobs, tmp_path, before, after):
+def test_run_goes_on_elsewhere(training, whole, jobs, tmp_path, before, after):
     """Stopped after step 4 of 8 and gone on with on other devices, it learns what it would have learned: rows and weights."""
     config = training.config("lm", steps=8)
-    training.run(config, tmp_path / "whole", mesh=training.mesh(*before))
     with pytest.raises(KeyboardInterrupt):
         training.run(config, tmp_path / "moved", stop=4, mesh=training.mesh(*before))
     processes, mesh = after
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'moved'}"]
     text = jobs.run(processes, mesh[0] * mesh[1] * mesh[2] // processes, "train", *arguments, *mesh_flags(*mesh))[0]
     assert "resumed at step 4 " in text
-    same_run(tmp_path / "moved", tmp_path / "whole", resumed=True)
+    same_run(tmp_path / "moved", whole, resumed=True)
 
 
 @pytest.mark.slow
@@ -270,7 +314,7 @@ def test_loader_that_stalls_ends_the_run_to_be_started_again(training, jobs, tmp
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'run'}"]
     jobs.run(1, 1, "train", *arguments, "--config.steps=8")  # compiles, so that it does not look like a stall
     shutil.rmtree(tmp_path / "run")
-    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, "--stall_minutes=0.3", last=0))
+    (ended,) = jobs.end(jobs.start(1, 1, "train", *arguments, "--stall_minutes=0.3", victim=(0, 0)))
     assert ended.status == distributed.RESTART, ended.text
     assert re.search(r"note: nothing has moved for \d+ s while waiting for data; all threads:", ended.text)
     assert re.search(r"error: nothing has moved for \d+ s while waiting for data: ending, start again\.", ended.text)

@@ -1,6 +1,7 @@
 """Writing with a cache against writing without, sampling, and the attention that is drawn."""
 
 import re
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -136,19 +137,53 @@ def test_temperature_divides_the_logits(models):
     np.testing.assert_array_equal(quickly(model, variables, batch, temperature=1e-4), quickly(model, variables, batch))
 
 
-def test_row_without_a_study_is_not_written_for_and_holds_nobody_up(models, greedy):
+def test_row_without_a_study_is_not_written_for(models, greedy):
     model, variables, batch = models["stage3"]
     index = np.array([4, -1, 7, -1], np.int32)
     end = int(greedy["stage3"][0, 1])
     found = quickly(model, variables, {**batch, "index": index}, eos_id=end)
     assert (found[1] == end).all() and (found[3] == end).all()
     np.testing.assert_array_equal(found[0, :1], greedy["stage3"][0, :1])
-    jaxpr = str(
-        jax.make_jaxpr(lambda b: generate(model, variables, b, jax.random.key(0), max_new_tokens=NEW, eos_id=end))(
-            batch
-        )
-    )
-    assert "while[" in jaxpr
+
+
+class Scripted:
+    """A model that writes what `variables` say, int32 [B, U], and reports each token it is asked for after the first."""
+
+    config = SimpleNamespace(vision=None, llm=SimpleNamespace(unroll=1, depth=2))
+
+    def __init__(self, asked):
+        self._asked = asked
+
+    def apply(self, script, tokens, lengths, *given, method):
+        if method == "prefill":
+            cache = jnp.zeros((1, len(lengths), 1, tokens.shape[1], 1))
+            return jax.nn.one_hot(script[:, 0], 9), lengths, (cache, cache)
+        cache, _, _ = given
+        written = lengths[0] - 1  # each prompt has one token
+        jax.debug.callback(lambda step: self._asked.append(int(step)), written, ordered=True)
+        return jax.nn.one_hot(script[:, jnp.minimum(written + 1, script.shape[1] - 1)], 9), cache
+
+
+@pytest.mark.parametrize(
+    ("index", "turns"),
+    [
+        ([0, 1, 2], 5),  # until the longest text has ended
+        ([0, 1, -1], 3),
+        ([-1, 1, -1], 2),
+        ([-1, -1, -1], 0),
+    ],
+)
+def test_loop_ends_with_the_last_text(index, turns):
+    """How often the model is run, of 8 times that there is room for."""
+    end = 8
+    script = np.array([[3, 4, end, 5, 5, 5, 5, 5], [6, end, 7, 7, 7, 7, 7, 7], [1, 2, 1, 2, end, 3, 3, 3]], np.int32)
+    asked: list[int] = []
+    batch = {"tokens": np.ones((3, 1), np.int32), "length": np.ones(3, np.int32), "index": np.array(index, np.int32)}
+    found = quickly(Scripted(asked), script, batch, max_new_tokens=8, eos_id=end)
+    jax.effects_barrier()
+    assert asked == list(range(turns))
+    texts = np.where(np.cumsum(script == end, axis=1) > 0, end, script)
+    np.testing.assert_array_equal(found, np.where(np.array(index)[:, None] < 0, end, texts))
 
 
 def test_samples_depend_on_a_rows_number_not_on_its_place(models):

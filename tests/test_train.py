@@ -3,6 +3,8 @@
 import math
 import re
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from rad_jax import checkpoint, metrics, optim, runlog, sharding, tasks, train
+from rad_jax import checkpoint, goodput, metrics, optim, runlog, sharding, tasks, train
 from rad_jax.errors import UserError
 from rad_jax.state import join
 
@@ -31,19 +33,20 @@ def flat(tree):
 
 @pytest.fixture(scope="module")
 def stepped(training):
-    """Stage 3 before and after one step: (state, frozen) each, as numpy by path."""
+    """Stage 3 before and after one step: (trainable, frozen, state) each, weights as numpy by path; and the compiled step."""
     config = training.config("stage3")
     config.optimizer.warmup_ratio = 0.0
-    task, optimizer, mesh, (state, frozen) = begin(training, config, training.variables(config))
-    before = flat(state.trainable), flat(frozen), jax.tree.map(lambda x: x.shape, state.opt_state)
+    task, optimizer, mesh, (old, frozen) = begin(training, config, training.variables(config))
+    before = flat(old.trainable), flat(frozen), old
     with jax.set_mesh(mesh):
         batch = sharding.place_batch(training.batch(config), mesh)
-        state, _ = jax.jit(train.make_step(task, optimizer, 1))(state, frozen, batch)
-    return before, (flat(state.trainable), flat(frozen), state)
+        compiled = train.jitted_step(config, task, optimizer, old).lower(old, frozen, batch).compile()
+        state, _ = compiled(old, frozen, batch)
+    return before, (flat(state.trainable), flat(frozen), state), compiled
 
 
 def test_step_changes_what_trains(stepped):
-    (before, _, _), (after, _, _) = stepped
+    (before, _, _), (after, _, _), _ = stepped
     assert before.keys() == after.keys()
     assert {path.split("/")[1] for path in before} == {"projector", "llm"}
     assert {path.split("/")[0] for path in before if "/llm/" in path} == {"lora"}
@@ -51,17 +54,73 @@ def test_step_changes_what_trains(stepped):
 
 
 def test_step_leaves_frozen_weights_to_the_bit(stepped):
-    (_, before, _), (_, after, _) = stepped
+    (_, before, _), (_, after, _), _ = stepped
     assert {path.split("/")[1] for path in before} == {"vision", "llm"}
     for path, leaf in before.items():
         np.testing.assert_array_equal(after[path], leaf, err_msg=path)
 
 
 def test_optimizer_state_for_what_trains_and_nothing_else(stepped):
-    (trainable, _, _), (_, _, state) = stepped
+    (trainable, _, _), (_, _, state), _ = stepped
     moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(moments) == 2 * sum(leaf.size for leaf in trainable.values())
     assert state.step == 1
+
+
+def test_step_reuses_the_memory_of_the_old_state(stepped):
+    """All of it: no second copy of weights and moments. Frozen weights are there for the next step (`flat` has read them)."""
+    (_, _, old), (_, _, new), compiled = stepped
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(new))
+
+
+class Number:
+    """A step's output that says when it is read, as a scalar on a device that is still computing would make the reader wait."""
+
+    def __init__(self, read):
+        self._read = read
+
+    def __array__(self, dtype=None, copy=None):
+        self._read()
+        return np.zeros((), dtype)
+
+    def is_ready(self):
+        return False
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_loop_reads_no_step_before_the_next_is_dispatched(training, tmp_path, log_every):
+    """But for a save, which the last step has: the device is never idle while the host looks at numbers."""
+    config = training.config("lm", steps=7, log_every=log_every, checkpoint_every=100)
+    dispatched: list[int] = []
+    reads: dict[int, int] = {}
+
+    class Step:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            return self
+
+        def __call__(self, state, frozen, batch):
+            number = len(dispatched) + 1
+            dispatched.append(number)
+            names = ("loss", "grad_norm", "accuracy", "skipped")
+            return state, {name: Number(lambda: reads.setdefault(number, len(dispatched))) for name in names}
+
+    phases, saved = goodput.Phases(), []
+    checkpoints: Any = SimpleNamespace(save=lambda state, data: saved.append(len(dispatched)))
+    around = train.Around(tmp_path, training.mesh(), "", checkpoints, phases, train.Beside())
+    model, nothing = tasks.make_task(config).model.config, around.beside
+    log = runlog.RunLog(config, model, tmp_path, 0, 0, phases, nothing.names, nothing.writers, nothing.bad_rows)
+    state: Any = SimpleNamespace(step=0)
+    assert train.loop(config, Step(), state, {}, training.batches(config), log, around) == 7
+    log.close()
+    assert saved == [7]
+    # Read with the step after the one that ends their row: rows end at steps 1, 3 and 6 for every third.
+    ends = {1: range(1, 8), 3: (1, 3, 3, 6, 6, 6, 7)}[log_every]
+    assert reads == {number: min(end + 1, 7) for number, end in enumerate(ends, start=1)}
+    assert [row["step"] for row in metrics.read(tmp_path)] == sorted(set(ends))
 
 
 def test_frozen_weights_of_a_whole_run_are_those_of_its_bases(chain):

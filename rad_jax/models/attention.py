@@ -50,15 +50,16 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
     if impl == "xla":
         return _in_blocks(q, k, v, lengths, causal)
     if impl == "cudnn":
-        y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation=impl)
-        return checkpoint_name(y, "attended")
-    if lengths is None:
-        lengths = jnp.full(q.shape[:1], k.shape[1], jnp.int32)
-    kernel = functools.partial(_splash, causal=causal, interpret=impl == "splash_interpret")
+        kernel = functools.partial(_cudnn, causal=causal)
+    else:
+        if lengths is None:
+            lengths = jnp.full(q.shape[:1], k.shape[1], jnp.int32)
+        kernel = functools.partial(_splash, causal=causal, interpret=impl == "splash_interpret")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, lengths)
-    # XLA cannot split a hand-written kernel by itself: each device runs it on its own rows and heads.
+    # XLA cannot split a hand-written kernel by itself: each device runs it on its own rows and heads. It could split cuDNN's, by rules that
+    # JAX gives it, but these do not tie the lengths to the rows: devices would get some rows and the lengths of all.
     rows, heads = (nn.logical_to_mesh_axes((axis,))[0] for axis in ("batch", "act_heads"))
     split = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(kernel, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, check_vma=False)(
@@ -69,6 +70,16 @@ def attend(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool,
 def named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Queries, keys and values under the names that remat policies know (layers.REMAT_POLICIES)."""
     return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+
+
+def _cudnn(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
+    """`attend` by cuDNN's fused attention. JAX takes its gradient for even lengths only: odd ones are padded."""
+    queries, keys = q.shape[1], k.shape[1]
+    if keys % 2 and not causal and lengths is None:
+        lengths = jnp.full(q.shape[:1], keys, jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, is_causal=causal, implementation="cudnn")
+    return checkpoint_name(y, "attended")[:, :queries]
 
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool, interpret: bool) -> Array:
