@@ -129,7 +129,10 @@ def complete_document(app: FastAPI) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which on SIGTERM refuses what is new, lets what runs end, and then ends with status 0."""
+    """Uvicorn, which on SIGTERM refuses what is new, lets what runs end, and then ends; so it does when the engine has failed."""
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.config.app.state.service.engine.failed is not None  # type: ignore[union-attr]
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.config.app.state.service.stopping = True  # type: ignore[union-attr]
@@ -145,8 +148,14 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
     say: Callable[[str], object] = print,
-) -> None:
-    """Answers until SIGTERM or Ctrl-C. Logs are ours alone; uvicorn's would hold query strings, and values of exceptions."""
+) -> int:
+    """Answers until SIGTERM or Ctrl-C, or until the engine has failed for good.
+
+    Logs are ours alone; uvicorn's would hold query strings, and values of exceptions.
+
+    Returns:
+        The exit status: 1 after such a failure, so that whoever watches over the process starts it again.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would put films on the disk
     forbid_connections()
     app.state.service.films.start()
@@ -168,6 +177,10 @@ def serve(
     )
     say(f"serving on http{'s' if certificate else ''}://{host}:{port}/ ({NOTICE})")
     Server(config).run()
+    failed = app.state.service.engine.failed
+    if failed:
+        audit.say(f"error: {failed}: start the server again")
+    return 1 if failed else 0
 
 
 def check_port(host: str, port: int) -> None:

@@ -17,7 +17,7 @@ HELP = """Serves an exported bundle: findings for chest radiographs, on this mac
 BUNDLE is what launch.export --format=hf wrote. How much memory it needs is said before it is loaded. Then
 http://127.0.0.1:8000/ is a page to try it, /v1/chat/completions speaks as OpenAI does, /v1/findings takes a DICOM, PNG or JPEG and the
 reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it. SIGTERM lets what is
-being written end.
+being written end. When the card fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
 
 Only this machine is answered, unless there are --tokens: a file of names and hashes. --add_token adds one, shows it once, and ends.
 stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.
@@ -102,8 +102,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     access.check_bind(options["host"], known)
     if batch:
         return run_batch(load(bundle, options), batch, options)
-    serve(bundle, options, known)
-    return 0
+    return serve(bundle, options, known)
 
 
 def load(bundle: str, options: dict[str, Any]) -> Any:
@@ -125,7 +124,7 @@ def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> i
     return 1 if bad else 0
 
 
-def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> None:
+def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> int:
     try:
         from rad_jax.serving import access, app
     except ImportError as error:
@@ -144,4 +143,4 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
         tokens, Path(options["audit"]) if options["audit"] else None, options["dicom"], float(options["timeout"])
     )
     made = app.create_app(load(bundle, options), settings)
-    app.serve(made, options["host"], options["port"], certificate=certificate, key=key)
+    return app.serve(made, options["host"], options["port"], certificate=certificate, key=key)

@@ -40,6 +40,8 @@ class Service:
         """Raises ApiError when no request can be taken."""
         if self.stopping:
             raise ApiError(503, "the server is being stopped.", code="stopping", retry_after=10)
+        if self.engine.failed:
+            raise ApiError(503, f"{self.engine.failed}: the server ends, to be started again.", code="engine")
         self.audit.check()
 
     async def film(self, data: bytes, http: HttpRequest) -> Film:
@@ -53,7 +55,7 @@ class Service:
         """Puts a request in the engine's queue.
 
         Raises:
-            ApiError: the queue is full, or the server is being stopped.
+            ApiError: the queue is full, the server is being stopped, or the engine has failed for good.
             UserError: it can never be answered.
         """
         self.check()
@@ -76,6 +78,9 @@ class Service:
             raise ApiError(
                 429, "the queue is full: try again later.", code="queue_full", retry_after=error.retry_after
             ) from error
+        except Broken:
+            self.check()  # which says so
+            raise
         return Answer(stream, pieces, self.seconds, record, self.metrics)
 
     def close(self) -> None:
@@ -149,7 +154,7 @@ class Answer:
             raise ApiError(504, "the answer took too long and was given up.", code="timeout") from None
         if isinstance(found, Broken):
             audit.say(f"error: {audit.told(found)}")
-            raise ApiError(500, "the engine failed on this request.", code="engine")
+            raise ApiError(500, f"{found}.", code="engine")
         return found
 
     async def _watch(self, http: HttpRequest) -> None:

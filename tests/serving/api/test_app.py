@@ -22,9 +22,9 @@ from rad_jax.serving import access, audit
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "MARKEDNAME^OF^A^PATIENT"
-# The real app over a model that writes fixed text; its arguments: port, audit log, seconds a step.
+# The real app over a model that writes fixed text; its arguments: port, audit log, seconds a step, "broken" or not.
 SERVER = """
-import importlib.util, json, pathlib, sys
+import importlib.util, pathlib, sys
 from rad_jax.serving import app, command
 command.set_environment()
 spec = importlib.util.spec_from_file_location("scripted", {conftest!r})
@@ -33,19 +33,28 @@ sys.modules["scripted"] = scripted
 spec.loader.exec_module(scripted)
 from rad_jax.prompts import load_tokenizer
 from rad_jax.serving.engine import Engine
-port, log, seconds, tokenizer, *tls = sys.argv[1:]
+port, log, seconds, broken, tokenizer, *tls = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 model = scripted.ScriptedModel(tokenizer, 2, float(seconds))
+model.broken = broken == "broken"
 engine = Engine(model, tokenizer, [False] * tokenizer.vocab_size, frozenset([tokenizer.eos_id]), scripted.INFO, 4, 64, 4096)
 made = app.create_app(engine, app.Settings(audit=pathlib.Path(log)))
-app.serve(made, "127.0.0.1", int(port), **dict(zip(("certificate", "key"), map(pathlib.Path, tls))))
+sys.exit(app.serve(made, "127.0.0.1", int(port), **dict(zip(("certificate", "key"), map(pathlib.Path, tls)))))
 """
 
 
 class Process:
     """That server, with its output in files."""
 
-    def __init__(self, folder: Path, tokenizer: Path, seconds: float, prefix: tuple[str, ...], tls: tuple[Path, ...]):
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Path,
+        seconds: float,
+        prefix: tuple[str, ...],
+        tls: tuple[Path, ...],
+        broken: bool,
+    ):
         import socket
 
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -62,6 +71,7 @@ class Process:
                     str(self.port),
                     str(folder / "audit.jsonl"),
                     str(seconds),
+                    "broken" if broken else "whole",
                     str(tokenizer),
                     *map(str, tls),
                 ],
@@ -88,10 +98,10 @@ class Process:
 def process(tmp_path, small_tokenizer):
     made = []
 
-    def start(seconds=0.0, prefix=(), tls=()):
+    def start(seconds=0.0, prefix=(), tls=(), broken=False):
         folder = tmp_path / "server"
         folder.mkdir()
-        made.append(Process(folder, small_tokenizer.path, seconds, prefix, tls))
+        made.append(Process(folder, small_tokenizer.path, seconds, prefix, tls, broken))
         return made[-1]
 
     yield start
@@ -185,6 +195,17 @@ def test_sigterm_lets_what_runs_end_and_refuses_what_is_new(process, made):
     assert found[0].status_code == 200 and found[0].json()["findings"] == made.said(made.grey())
     assert served.process.wait(30) == 0
     assert (served.folder / "stderr").read_text() == ""
+
+
+def test_a_server_whose_engine_has_failed_ends_with_a_status_that_has_it_started_again(process):
+    served = process(broken=True)
+    assert served.ready()
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = [httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [500] * 3
+    assert served.process.wait(30) == 1
+    assert "error: the engine failed 3 times in a row (RuntimeError): start the server again" in served.logged()
+    assert "PATIENT" not in served.logged()
 
 
 def test_tls(process, made, tmp_path):
