@@ -23,7 +23,7 @@ Only this machine is answered, unless there are --tokens: a file of names and ha
 stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.
 
 --batch writes findings for the films of a CSV with the columns image (beside the CSV) and, if wanted, indication and id. The same command
-after a kill goes on. Rows that cannot be answered are listed in OUT.bad.jsonl, and the exit status is then 1.
+after a kill goes on; one with another indication, or other settings, is refused. --audit gets a line for each film. Rows that cannot be answered are listed in OUT.bad.jsonl, and the exit status is then 1.
 """
 
 
@@ -42,10 +42,12 @@ OPTIONS = (
     Option("port", int, 8000, "Port to listen on."),
     Option("tokens", str, None, "File of names and hashes of bearer tokens; who has none is refused."),
     Option("add_token", str, None, "Make a token of this name, add its hash to --tokens, show it, and end."),
-    Option("audit", str, None, "File that the audit log is added to, a JSON line for each request."),
+    Option("audit", str, None, "File that the audit log is added to, a JSON line for each request, or row of --batch."),
     Option("certificate", str, None, "PEM file, to speak TLS; with --key."),
     Option("key", str, None, "PEM file of the certificate's key."),
-    Option("timeout", int, 120, "Seconds that a request may take, waiting included."),
+    Option(
+        "timeout", int, 120, "Seconds that a request may take, from its first byte on: upload and waiting included."
+    ),
     Option("queue", int, 64, "Requests that may wait; further ones get 429."),
     Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
     Option("device", str, "auto", "Where to compute.", ("auto", "cpu", "cuda")),
@@ -114,10 +116,14 @@ def load(bundle: str, options: dict[str, Any]) -> Any:
 
 def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> int:
     from rad_jax.serving import batch as batches
+    from rad_jax.serving.audit import Audit
 
     source, out = map(Path, batch)
+    info, wanted = engine.info, {name: options[name] for name in ("dicom", "max_new_tokens")}
     try:
-        done, bad = batches.run(engine, source, out, dicom=options["dicom"], max_new_tokens=options["max_new_tokens"])
+        path = Path(options["audit"]) if options["audit"] else None
+        audit = Audit(path, model=info.name, bundle=info.bundle_sha256, version=info.version)
+        done, bad = batches.run(engine, source, out, audit=audit, **wanted)
     finally:
         engine.close(drain=False)
     print(f"{out}: findings for {done} films." + (f" {bad} have none: see {batches.bad_path(out)}." if bad else ""))
