@@ -1,6 +1,7 @@
 """The process as its users start it: what it says, what it never says, and how it stops."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,9 +17,10 @@ from pathlib import Path
 import httpx2 as httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit
+from rad_jax.serving import access, audit, films
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "MARKEDNAME^OF^A^PATIENT"
@@ -159,8 +161,9 @@ def test_the_audit_log(process, made):
     film = made.grey(90)
     answer = httpx.post(f"{served.url}/v1/findings", files={"file": made.png(film)}, timeout=60)
     httpx.post(f"{served.url}/v1/findings", files={"file": b"none"})
+    shown = httpx.post(f"{served.url}/v1/film", files={"file": made.png(film)}, timeout=60)
     httpx.get(f"{served.url}/healthz")
-    good, bad = (json.loads(line) for line in (served.folder / "audit.jsonl").read_text().splitlines())
+    good, bad, viewed = (json.loads(line) for line in (served.folder / "audit.jsonl").read_text().splitlines())
     assert good["request"] == answer.headers["x-request-id"] and answer.json()["id"].endswith(good["request"])
     assert good["film"] == hashlib.sha256(b"40x30:" + film.tobytes()).hexdigest()
     assert good["status"] == 200 and good["finish"] == "stop" and good["film_shape"] == [40, 30]
@@ -168,6 +171,9 @@ def test_the_audit_log(process, made):
     assert (good["model"], good["bundle"]) == ("scripted", "ab" * 32)
     assert good["token"] is None and good["seconds"] >= good["first_token_seconds"] > 0
     assert bad["status"] == 400 and "film" not in bad
+    values = np.asarray(Image.open(io.BytesIO(shown.content))).astype(np.uint16)
+    assert viewed["film"] == hashlib.sha256(b"40x30:" + values.tobytes()).hexdigest() and viewed["status"] == 200
+    assert viewed["film_shape"] == [40, 30] and viewed["film_bytes"] == len(made.png(film))
     assert (served.folder / "audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
@@ -479,7 +485,7 @@ __main__.main(["--help"])
 
 def test_the_hash_of_pixels_knows_their_shape():
     film = np.zeros((2, 3), np.uint8)
-    assert audit.pixels_hash(film) != audit.pixels_hash(film.reshape(3, 2))
+    assert films.hashed(film) != films.hashed(film.reshape(3, 2))
 
 
 def test_lines_of_the_access_log(plain, capsys):
