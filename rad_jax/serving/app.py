@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import resource
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from starlette.formparsers import MultiPartParser
 
 from rad_jax import __version__
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, chat_api, errors, findings_api, limits
+from rad_jax.serving import access, audit, chat_api, errors, findings_api, limits, offline
 from rad_jax.serving.audit import Audit
 from rad_jax.serving.engine import Engine
 from rad_jax.serving.films import Films
@@ -157,7 +156,7 @@ def serve(
         The exit status: 1 after such a failure, so that whoever watches over the process starts it again.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would put films on the disk
-    forbid_connections()
+    offline.forbid((host,))
     app.state.service.films.start()
     config = uvicorn.Config(
         app,
@@ -197,13 +196,3 @@ def check_port(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host={host} --port={port} cannot be listened on ({reason}): choose another.") from error
-
-
-def forbid_connections() -> None:
-    """No Python code of this process opens a connection from now on: whatever tries is an error."""
-
-    def refuse(event: str, _: tuple[Any, ...]) -> None:
-        if event == "socket.connect":
-            raise PermissionError("this server opens no connections")
-
-    sys.addaudithook(refuse)

@@ -81,7 +81,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     Raises:
         UserError: they cannot be used together, or what they name cannot be used.
     """
-    from rad_jax.serving import access
+    from rad_jax.serving import access, offline
 
     set_environment()
     tokens = Path(options["tokens"]) if options["tokens"] else None
@@ -103,6 +103,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     known = access.read_tokens(tokens) if tokens else None
     access.check_bind(options["host"], known)
     if batch:
+        offline.forbid()
         return run_batch(load(bundle, options), batch, options)
     return serve(bundle, options, known)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from rad_jax import images
 from rad_jax.errors import UserError
-from rad_jax.serving import headers
+from rad_jax.serving import headers, offline
 
 MEMORY = 4 << 30  # address space in bytes: 64 megapixels take about 2.5 GB on their way
 NAME = "the film"  # what errors call it
@@ -25,6 +25,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    offline.forbid()
     load_codecs()
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while request := receive(stdin):

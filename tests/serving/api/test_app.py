@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, films
+from rad_jax.serving import access, audit, decoder, films, offline
+from rad_jax.serving import command as commands
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "MARKEDNAME^OF^A^PATIENT"
@@ -270,26 +271,69 @@ print(httpx.post("{served.url}/v1/findings", files={{"file": pathlib.Path(sys.ar
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["findings"].startswith("the lungs")
-    # Of its TCP sockets, one listens and no other is of its own making.
-    table = Path(f"/proc/{served.process.pid}/net/tcp").read_text().splitlines()[1:]
+    # Of its sockets, one listens and no other is of its own making: no other TCP, no UDP, no raw packets.
+    net = Path(f"/proc/{served.process.pid}/net")
+    for kind in ("tcp6", "udp", "udp6", "raw", "raw6", "packet"):
+        assert not (net / kind).exists() or len((net / kind).read_text().splitlines()) == 1, kind
+    table = (net / "tcp").read_text().splitlines()[1:]
     local = f"0100007F:{served.port:04X}"
     assert any(line.split()[1] == local and line.split()[3] == "0A" for line in table)
     assert all(local in line.split()[1:3] for line in table)
 
 
-def test_a_connection_from_the_server_is_an_error():
+def test_what_reaches_for_the_network_is_an_error():
+    """Of Python code. What the server itself needs goes on: its socket, its clients, and the name that it listens on."""
     code = """
-import socket
-from rad_jax.serving import app
-app.forbid_connections()
-with socket.create_server(("127.0.0.1", 0)) as server:
+import asyncio, socket
+from rad_jax.serving import offline
+offline.forbid(("listened.example",))
+here = socket.create_server(("127.0.0.1", 0))
+there, udp = here.getsockname(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+tries = (
+    lambda: socket.create_connection(there),
+    lambda: socket.socket().connect_ex(there),
+    lambda: udp.sendto(b"x", there),
+    lambda: udp.sendmsg([b"x"], [], 0, there),
+    lambda: socket.getaddrinfo("hub.example", 443),
+    lambda: socket.gethostbyname("hub.example"),
+    lambda: socket.getnameinfo(("192.0.2.1", 443), 0),
+)
+for one in tries:
     try:
-        socket.create_connection(server.getsockname())
+        print(one())
     except PermissionError as error:
         print(error)
+a, b = socket.socketpair()
+print(a.sendmsg([b"x"]), len(socket.getaddrinfo("localhost", 80)) > 0, len(socket.getaddrinfo("::1", 80)) > 0)
+try:
+    socket.getaddrinfo("listened.example", 80)
+except socket.gaierror:
+    print("asked")
+async def listen():
+    (await asyncio.start_server(print, "localhost", 0)).close()
+asyncio.run(listen())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "this server opens no connections\n", done.stderr
+    connection, datagram, name = (
+        f"this server {what}" for what in ("opens no connections", "sends no datagrams", "looks no names up")
+    )
+    expected = [connection] * 2 + [datagram] * 2 + [name] * 3
+    assert done.stdout.splitlines() == [*expected, "1 True True", "asked"], done.stderr
+
+
+def test_decoders_and_a_batch_are_offline_too(monkeypatch):
+    called = []
+    monkeypatch.setattr(offline, "forbid", lambda *names: called.append(names))
+    monkeypatch.setattr(decoder, "load_codecs", lambda: called.append("codecs"))
+    monkeypatch.setattr(decoder.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    decoder.main()
+    assert called == [(), "codecs"]
+    monkeypatch.setattr(commands, "load", lambda *_: called.append("loaded"))
+    monkeypatch.setattr(commands, "run_batch", lambda *_: 0)
+    options = {option.name: option.default for option in commands.OPTIONS}
+    assert commands.run("bundle", options, ("in.csv", "out.jsonl")) == 0
+    assert called[2:] == [(), "loaded"]
 
 
 def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
