@@ -22,6 +22,7 @@ import numpy as np
 from rad_jax.errors import UserError
 from rad_jax.serving import decoder
 from rad_jax.serving.errors import ApiError
+from rad_jax.serving.plan import DECODERS
 
 SECONDS = 60.0  # for one film
 WAITING = 64  # films that may wait for a process
@@ -62,7 +63,7 @@ class Preview:
 class Films:
     """Decodes films in `workers` processes, which are started again when they die."""
 
-    def __init__(self, workers: int = 2):
+    def __init__(self, workers: int = DECODERS):
         self._pool = ThreadPoolExecutor(workers, "films")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):
