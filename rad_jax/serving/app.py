@@ -1,5 +1,6 @@
 """The server: its routes behind its guards, and the process around them."""
 
+import asyncio
 import contextlib
 import dataclasses
 import resource
@@ -8,10 +9,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.formparsers import MultiPartParser
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rad_jax import __version__
 from rad_jax.errors import UserError
@@ -139,6 +142,27 @@ class Server(uvicorn.Server):
         self._captured_signals.clear()  # they are answered: not to be raised again at the end
 
 
+class Connection(H11Protocol):
+    """Uvicorn's, which would wait for ever for the head of a request: one that has not come whole in time closes the connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._last: Any = None
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self.loop.call_later(limits.HEAD_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.cycle is self._last:  # no head since the last look
+            self.transport.close()
+            return
+        self._last = self.cycle
+        self._look_again()
+
+
 def serve(
     app: FastAPI,
     host: str,
@@ -163,7 +187,7 @@ def serve(
         host=host,
         port=port,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         log_config=None,
         access_log=False,

@@ -188,7 +188,7 @@ def start() -> subprocess.Popen[bytes]:
 def hashed(pixels: np.ndarray) -> str:
     """SHA-256 of uint8 or uint16 [Y, X], its shape and rows."""
     digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 

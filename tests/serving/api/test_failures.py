@@ -74,7 +74,7 @@ def test_failures_in_a_row_end_the_engine_and_others_do_not(scripted):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_overflow_end_their_row_alone(scripted, made, bad):
     engine, model = scripted()
-    step, spoilt = model.step, []
+    step, spoilt = model.step, list[float]()
 
     def spoil(rows):
         logits, maps = step(rows)

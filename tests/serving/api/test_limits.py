@@ -69,6 +69,31 @@ def test_a_body_that_dawdles_is_given_up(plain, monkeypatch):
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_a_connection_without_a_request_is_closed_and_one_that_waits_for_its_answer_is_not(serve, monkeypatch):
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    served = serve()
+    served.model.go.clear()
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30))
+    )
+    thread.start()
+    for head in (
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
+        b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /",
+    ):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(head)
+            connection.settimeout(10)
+            while data := connection.recv(1000):  # until the server hangs up
+                assert data.startswith(b"HTTP/1.1 200") or b"ok" in data
+    served.model.go.set()
+    thread.join(30)
+    assert answers[0].status_code == 200
+
+
 def test_uploads_stay_in_memory(plain, made, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # where a spooled file would be
     noise = np.random.default_rng(0).integers(0, 256, (3000, 3000), np.uint8)
