@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import pickle
 from types import SimpleNamespace
 
 import flax.linen as nn

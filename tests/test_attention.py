@@ -1,8 +1,7 @@
 """The TPU's attention kernel and rotary product, run on this CPU in interpreted mode, against the plain ones; cuDNN's, where a GPU is."""
 
-import re
-
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax

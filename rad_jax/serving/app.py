@@ -1,22 +1,24 @@
 """The server: its routes behind its guards, and the process around them."""
 
+import asyncio
 import contextlib
 import dataclasses
 import resource
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.formparsers import MultiPartParser
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rad_jax import __version__
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, chat_api, errors, findings_api, limits
+from rad_jax.serving import access, audit, chat_api, errors, findings_api, limits, offline
 from rad_jax.serving.audit import Audit
 from rad_jax.serving.engine import Engine
 from rad_jax.serving.films import Films
@@ -129,12 +131,36 @@ def complete_document(app: FastAPI) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which on SIGTERM refuses what is new, lets what runs end, and then ends with status 0."""
+    """Uvicorn, which on SIGTERM refuses what is new, lets what runs end, and then ends; so it does when the engine has failed."""
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.config.app.state.service.engine.failed is not None  # type: ignore[union-attr]
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.config.app.state.service.stopping = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
         self._captured_signals.clear()  # they are answered: not to be raised again at the end
+
+
+class Connection(H11Protocol):
+    """Uvicorn's, which would wait for ever for the head of a request: one that has not come whole in time closes the connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._last: Any = None
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self.loop.call_later(limits.HEAD_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.cycle is self._last:  # no head since the last look
+            self.transport.close()
+            return
+        self._last = self.cycle
+        self._look_again()
 
 
 def serve(
@@ -145,17 +171,23 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
     say: Callable[[str], object] = print,
-) -> None:
-    """Answers until SIGTERM or Ctrl-C. Logs are ours alone; uvicorn's would hold query strings, and values of exceptions."""
+) -> int:
+    """Answers until SIGTERM or Ctrl-C, or until the engine has failed for good.
+
+    Logs are ours alone; uvicorn's would hold query strings, and values of exceptions.
+
+    Returns:
+        The exit status: 1 after such a failure, so that whoever watches over the process starts it again.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would put films on the disk
-    forbid_connections()
+    offline.forbid((host,))
     app.state.service.films.start()
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         log_config=None,
         access_log=False,
@@ -168,6 +200,10 @@ def serve(
     )
     say(f"serving on http{'s' if certificate else ''}://{host}:{port}/ ({NOTICE})")
     Server(config).run()
+    failed = app.state.service.engine.failed
+    if failed:
+        audit.say(f"error: {failed}: start the server again")
+    return 1 if failed else 0
 
 
 def check_port(host: str, port: int) -> None:
@@ -184,13 +220,3 @@ def check_port(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host={host} --port={port} cannot be listened on ({reason}): choose another.") from error
-
-
-def forbid_connections() -> None:
-    """No Python code of this process opens a connection from now on: whatever tries is an error."""
-
-    def refuse(event: str, _: tuple[Any, ...]) -> None:
-        if event == "socket.connect":
-            raise PermissionError("this server opens no connections")
-
-    sys.addaudithook(refuse)

@@ -1,23 +1,22 @@
 """Two records of what was asked: the access log, one line of stdout a request, and the audit log, a file of JSON lines.
 
 Neither holds anything of a patient: no text, no file name, no tag of a DICOM, no path that is not a route, no query. A film is told by the
-SHA-256 of its decoded pixels.
+SHA-256 of its decoded pixels: the 8 bits that a model sees, or the 16 bits of /v1/film.
 """
 
+import asyncio
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,16 +68,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def pixels_hash(film: np.ndarray) -> str:
-    """SHA-256 of uint8 [Y, X], its shape and rows."""
-    return hashlib.sha256(f"{film.shape[0]}x{film.shape[1]}:".encode() + film.tobytes()).hexdigest()
+def film_fields(sha256: str, shape: Sequence[int], data: bytes) -> dict[str, Any]:
+    """What both logs may know of a film: hash of its pixels [Y, X], and how large it and its file `data` are."""
+    return {"film": sha256, "film_shape": list(shape), "film_bytes": len(data)}
 
 
 @dataclasses.dataclass
 class Recorder:
     """The outermost ASGI middleware: gives each request an id, writes both logs, and turns a crash into a 500 that tells nothing.
 
-    `scope["state"]["record"]` is what a route adds to the audit log's line. `seen` gets each request's route, status and seconds.
+    `scope["state"]["record"]` is what a route adds to the audit log's line, and `["began"]` the loop's time when the request came. `seen` gets each request's route, status and seconds.
     """
 
     app: ASGIApp
@@ -90,7 +89,8 @@ class Recorder:
             return await self.app(scope, receive, send)
         request, start = uuid.uuid4().hex, time.perf_counter()
         record: dict[str, Any] = {}
-        scope["state"] = {**scope.get("state", {}), "request": request, "record": record, "who": None}
+        began = asyncio.get_running_loop().time()
+        scope["state"] = {**scope.get("state", {}), "request": request, "record": record, "who": None, "began": began}
         status = sent = 0
 
         async def count(message: Message) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from rad_jax import prompts
 from rad_jax.errors import UserError
 from rad_jax.serving import limits
+from rad_jax.serving.audit import Audit, film_fields
 from rad_jax.serving.engine import Broken, Engine, Full, Request
 from rad_jax.serving.films import Films
 
@@ -35,11 +37,14 @@ class BadRow(Exception):
     """A film that cannot be read or answered; the message says why."""
 
 
-def run(engine: Engine, source: Path, out: Path, *, dicom: str, max_new_tokens: int) -> tuple[int, int]:
-    """Writes a line {id, image, findings, finish_reason, warnings, model, version, bundle} to `out` for each row of `source`.
+def run(
+    engine: Engine, source: Path, out: Path, *, dicom: str, max_new_tokens: int, audit: Audit | None = None
+) -> tuple[int, int]:
+    """Writes a line {id, image, findings, finish_reason, warnings, model, version, bundle, asked} to `out` for each row of `source`.
 
     Lines come in the order of the rows, each whole and on the disk before the next is begun. The same command after a kill goes on
     with the rows that are not there. Rows that could not be answered are listed in OUT.bad.jsonl, anew each time, and are tried again.
+    `asked` tells what a text was written for: a hash of the indication and of all settings that change it.
 
     Args:
         engine: stays open.
@@ -47,26 +52,41 @@ def run(engine: Engine, source: Path, out: Path, *, dicom: str, max_new_tokens: 
         out: JSON lines.
         dicom: how a DICOM's grey values are made.
         max_new_tokens: longest text.
+        audit: gets a line for each row that is answered or refused.
 
     Returns:
         How many rows `out` has, and how many are bad.
 
     Raises:
-        UserError: the list cannot be used, `out` was made of another list or by another model, or another process is writing it.
+        UserError: the list cannot be used, `out` was made of another list, by another model or with other settings, another process is
+            writing it, the audit log cannot be written, or the engine has failed for good.
     """
     rows = read(source)
+    info = engine.info
+    settings = {"dicom": dicom, "weights": info.weights, "dtype": info.dtype, "max_new_tokens": max_new_tokens}
+    asked = {row.id: hashed(row.indication, settings) for row in rows}
     with opened(out) as file, open(bad_path(out), "wb") as bad, contextlib.closing(Films()) as films:
-        done = repair(file, out, {row.id: row for row in rows}, engine.info.bundle_sha256)
+        done = repair(file, out, {row.id: row for row in rows}, info.bundle_sha256, asked)
         todo = [row for row in rows if row.id not in done]
         writer = _Writer(engine, films, source.parent, dicom, max_new_tokens)
         wrong = 0
         with tqdm(total=len(rows), initial=len(done), desc="findings", unit="film") as bar:
-            for row, answer in writer.answers(todo):
+            for row, answer, record in writer.answers(todo):
+                if engine.failed:
+                    raise UserError(
+                        f"{engine.failed}: run the same command again, which goes on with the rows that are missing."
+                    )
+                if audit:
+                    audit.write(route="batch", **record)
+                    if audit.broken:
+                        raise UserError(
+                            "the audit log cannot be written: make room for it, and run the same command again."
+                        )
                 if isinstance(answer, BadRow):
                     wrong += 1
                     append(bad, {"id": row.id, "image": row.image, "error": str(answer)})
                 else:
-                    append(file, {"id": row.id, "image": row.image, **answer})
+                    append(file, {"id": row.id, "image": row.image, **answer, "asked": asked[row.id]})
                 bar.update()
     if not wrong:
         bad_path(out).unlink()
@@ -117,11 +137,22 @@ def opened(out: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def repair(file: BinaryIO, out: Path, rows: dict[str, Row], bundle: str) -> set[str]:
+def hashed(indication: str | None, settings: dict[str, Any]) -> str:
+    """What a row is asked, as 64 bits of SHA-256: the text itself is not to be told by it."""
+    return hashlib.sha256(json.dumps([indication, settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def repair(file: BinaryIO, out: Path, rows: dict[str, Row], bundle: str, asked: dict[str, str]) -> set[str]:
     """Cuts off a line that a kill left torn, and tells the ids that are there.
 
+    Args:
+        file, out: the lines.
+        rows: of the list, by id.
+        bundle: hash of the bundle that writes now.
+        asked: `hashed` of each id.
+
     Raises:
-        UserError: a line is of another list, of another model, or damaged.
+        UserError: a line is of another list, of another model, of another indication or other settings, or damaged.
     """
     file.seek(0)
     done, whole = set(), 0
@@ -130,13 +161,18 @@ def repair(file: BinaryIO, out: Path, rows: dict[str, Row], bundle: str) -> set[
             break
         try:
             found = json.loads(line)
-            id, image, by = found["id"], found["image"], found["bundle"]
+            id, image, by, for_ = found["id"], found["image"], found["bundle"], found["asked"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{out}: line {number} is not one of ours: choose another file.") from error
         if by != bundle:
             raise UserError(f"{out}: line {number} was written by another model: choose another file.")
         if id in done or id not in rows or rows[id].image != image:
             raise UserError(f"{out}: line {number} is not of this list: choose another file.")
+        if for_ != asked[id]:
+            raise UserError(
+                f"{out}: line {number} was written for another indication, or with other --dicom, --weights, --dtype or --max_new_tokens: "
+                "go on with those, or choose another file."
+            )
         done.add(id)
         whole += len(line)
     file.truncate(whole)
@@ -158,25 +194,34 @@ class _Writer:
         self._dicom, self._max_new_tokens = dicom, max_new_tokens
         self._ahead = 2 * engine.info.slots  # the more, the more is done again after a kill
 
-    def answers(self, rows: list[Row]) -> Iterator[tuple[Row, dict[str, Any] | BadRow]]:
-        waiting: collections.deque[tuple[Row, Future[dict[str, Any] | BadRow]]] = collections.deque()
+    def answers(self, rows: list[Row]) -> Iterator[tuple[Row, dict[str, Any] | BadRow, dict[str, Any]]]:
+        """Each row, what it got, and what an audit log may know of it."""
+        waiting: collections.deque[tuple[Row, dict[str, Any], Future[dict[str, Any] | BadRow]]] = collections.deque()
         with ThreadPoolExecutor(self._ahead) as threads:
             for row in rows:
-                waiting.append((row, threads.submit(self._answer, row)))
+                record: dict[str, Any] = {}
+                waiting.append((row, record, threads.submit(self._answer, row, record)))
                 if len(waiting) == self._ahead:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
+                    first, told, future = waiting.popleft()
+                    yield first, future.result(), told
             while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                first, told, future = waiting.popleft()
+                yield first, future.result(), told
 
-    def _answer(self, row: Row) -> dict[str, Any] | BadRow:
+    def _answer(self, row: Row, record: dict[str, Any]) -> dict[str, Any] | BadRow:
+        began = time.monotonic()
         try:
-            return self._findings(row)
+            found: dict[str, Any] | BadRow = self._findings(row, record)
+            record["status"] = 200
         except (UserError, Broken) as error:
-            return BadRow(str(error))
+            found = BadRow(str(error))
+            record["status"] = 400 if isinstance(error, UserError) else 500
+        record["seconds"] = round(time.monotonic() - began, 4)
+        return found
 
-    def _findings(self, row: Row) -> dict[str, Any]:
+    def _findings(self, row: Row, record: dict[str, Any]) -> dict[str, Any]:
+        if self._engine.failed:
+            raise Broken(self._engine.failed)
         if len(row.indication or "") > limits.REASON:
             raise UserError(f"the indication has more than {limits.REASON} characters.")
         path = self._folder / row.image
@@ -188,8 +233,11 @@ class _Writer:
             reason = error.strerror if isinstance(error, OSError) else "no name of a file"
             raise UserError(f"the file cannot be read ({reason}).") from error
         film = self._films.decode(data, self._dicom)
+        record.update(film_fields(film.sha256, film.pixels.shape, data), max_new_tokens=self._max_new_tokens)
         stream = self._submit(Request(film.pixels, prompts.question(row.indication), self._max_new_tokens))
         text = "".join(piece.text for piece in stream).strip()
+        record.update(finish=stream.finish_reason, prompt_tokens=stream.prompt_tokens)
+        record.update(completion_tokens=stream.completion_tokens)
         info = self._engine.info
         cut = ["cut_off"] if stream.finish_reason == "length" else []
         return {

@@ -1,5 +1,6 @@
 """/v1/chat/completions and /v1/models, as OpenAI's clients speak them."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -155,7 +156,7 @@ def router(service: Service) -> APIRouter:
         question, url = content(body.messages)
         image = None
         if url is not None:
-            image = (await service.film(films.from_url(url), http)).pixels
+            image = (await service.film(await asyncio.to_thread(films.from_url, url), http)).pixels
         answer = await service.ask(to_request(body, question, image), http)
         head = {
             "id": f"chatcmpl-{http.state.request}",

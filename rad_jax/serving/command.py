@@ -17,13 +17,13 @@ HELP = """Serves an exported bundle: findings for chest radiographs, on this mac
 BUNDLE is what launch.export --format=hf wrote. How much memory it needs is said before it is loaded. Then
 http://127.0.0.1:8000/ is a page to try it, /v1/chat/completions speaks as OpenAI does, /v1/findings takes a DICOM, PNG or JPEG and the
 reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it. SIGTERM lets what is
-being written end.
+being written end. When the card fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
 
 Only this machine is answered, unless there are --tokens: a file of names and hashes. --add_token adds one, shows it once, and ends.
 stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.
 
 --batch writes findings for the films of a CSV with the columns image (beside the CSV) and, if wanted, indication and id. The same command
-after a kill goes on. Rows that cannot be answered are listed in OUT.bad.jsonl, and the exit status is then 1.
+after a kill goes on; one with another indication, or other settings, is refused. --audit gets a line for each film. Rows that cannot be answered are listed in OUT.bad.jsonl, and the exit status is then 1.
 """
 
 
@@ -42,10 +42,12 @@ OPTIONS = (
     Option("port", int, 8000, "Port to listen on."),
     Option("tokens", str, None, "File of names and hashes of bearer tokens; who has none is refused."),
     Option("add_token", str, None, "Make a token of this name, add its hash to --tokens, show it, and end."),
-    Option("audit", str, None, "File that the audit log is added to, a JSON line for each request."),
+    Option("audit", str, None, "File that the audit log is added to, a JSON line for each request, or row of --batch."),
     Option("certificate", str, None, "PEM file, to speak TLS; with --key."),
     Option("key", str, None, "PEM file of the certificate's key."),
-    Option("timeout", int, 120, "Seconds that a request may take, waiting included."),
+    Option(
+        "timeout", int, 120, "Seconds that a request may take, from its first byte on: upload and waiting included."
+    ),
     Option("queue", int, 64, "Requests that may wait; further ones get 429."),
     Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
     Option("device", str, "auto", "Where to compute.", ("auto", "cpu", "cuda")),
@@ -79,7 +81,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     Raises:
         UserError: they cannot be used together, or what they name cannot be used.
     """
-    from rad_jax.serving import access
+    from rad_jax.serving import access, offline
 
     set_environment()
     tokens = Path(options["tokens"]) if options["tokens"] else None
@@ -101,9 +103,9 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     known = access.read_tokens(tokens) if tokens else None
     access.check_bind(options["host"], known)
     if batch:
+        offline.forbid()
         return run_batch(load(bundle, options), batch, options)
-    serve(bundle, options, known)
-    return 0
+    return serve(bundle, options, known)
 
 
 def load(bundle: str, options: dict[str, Any]) -> Any:
@@ -115,17 +117,21 @@ def load(bundle: str, options: dict[str, Any]) -> Any:
 
 def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> int:
     from rad_jax.serving import batch as batches
+    from rad_jax.serving.audit import Audit
 
     source, out = map(Path, batch)
+    info, wanted = engine.info, {name: options[name] for name in ("dicom", "max_new_tokens")}
     try:
-        done, bad = batches.run(engine, source, out, dicom=options["dicom"], max_new_tokens=options["max_new_tokens"])
+        path = Path(options["audit"]) if options["audit"] else None
+        audit = Audit(path, model=info.name, bundle=info.bundle_sha256, version=info.version)
+        done, bad = batches.run(engine, source, out, audit=audit, **wanted)
     finally:
         engine.close(drain=False)
     print(f"{out}: findings for {done} films." + (f" {bad} have none: see {batches.bad_path(out)}." if bad else ""))
     return 1 if bad else 0
 
 
-def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> None:
+def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> int:
     try:
         from rad_jax.serving import access, app
     except ImportError as error:
@@ -144,4 +150,4 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
         tokens, Path(options["audit"]) if options["audit"] else None, options["dicom"], float(options["timeout"])
     )
     made = app.create_app(load(bundle, options), settings)
-    app.serve(made, options["host"], options["port"], certificate=certificate, key=key)
+    return app.serve(made, options["host"], options["port"], certificate=certificate, key=key)

@@ -9,13 +9,14 @@ import json
 import re
 import resource
 import sys
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from rad_jax import images
 from rad_jax.errors import UserError
-from rad_jax.serving import headers
+from rad_jax.serving import headers, offline
 
 MEMORY = 4 << 30  # address space in bytes: 64 megapixels take about 2.5 GB on their way
 NAME = "the film"  # what errors call it
@@ -24,7 +25,10 @@ NAME = "the film"  # what errors call it
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # where memory ends, this process is to end before the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    offline.forbid()
     load_codecs()
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while request := receive(stdin):

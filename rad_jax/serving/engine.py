@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,9 @@ from rad_jax.serving import text
 from rad_jax.serving.sampling import Sampler
 
 MAX_ASPECT = 8  # of films: a sliver of pixels would become a giant when its short side is scaled up
+FAILURES = 3  # in a row, after which the engine is taken to be broken for good
+# After an error of these the process can no longer use its card; running out of its memory is none of them.
+_DEVICE_ERROR = re.compile(r"(?:CUDA|cuBLAS|cuDNN|HIP) error|CUBLAS_STATUS|CUDNN_STATUS", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Full(Exception):
 
 
 class Broken(Exception):
-    """The engine failed on a request, for a reason that is not the request's."""
+    """The engine failed on a request, for a reason that is not the request's. The message quotes nothing of it."""
 
 
 # What a stream has to say: pieces, then None; or what went wrong, which is the last.
@@ -165,6 +169,11 @@ class Engine:
         patches: tokens of a film.
         queue_size: requests that may wait.
         prefill_tokens: of prompts that are taken in together, if there are several.
+
+    Attributes:
+        info: what serves.
+        failed: None, or why no request will be answered any more: the card failed, or FAILURES steps in a row did. Only a new process
+            helps then.
     """
 
     def __init__(
@@ -179,6 +188,7 @@ class Engine:
         prefill_tokens: int,
     ):
         self.info = info
+        self.failed: str | None = None
         self._model, self._tokenizer, self._open, self._eos = model, tokenizer, open_, eos_ids
         self._patches, self._queue_size, self._prefill_tokens = patches, queue_size, prefill_tokens
         self._waiting: collections.deque[_Row] = collections.deque()
@@ -201,6 +211,7 @@ class Engine:
         Raises:
             UserError: it can never be served: a film that is none, numbers out of range, or a prompt that fills a row.
             Full: so many are waiting already.
+            Broken: the engine has `failed`.
         """
         check(request)
         if self._closing:
@@ -214,6 +225,8 @@ class Engine:
             )
         row = _Row(request, ids, film, Stream(tokens, tell), text.Detokenizer(self._tokenizer, self._open))
         with self._lock:
+            if self.failed:
+                raise Broken(self.failed)
             if self._closing or len(self._waiting) >= self._queue_size:
                 ahead = len(self._waiting) / self._model.slots
                 raise Full(max(1, math.ceil(ahead * self._seconds)))
@@ -247,35 +260,38 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- the worker thread
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while not (self._waiting or self._rows or self._closing):
-                    self._lock.wait()
-                if self._closing and not self._waiting and not self._rows:
-                    return
-                new = self._admit()
-            self._leave([row for row in self._rows if row.stream.cancelled], "cancelled")
+        failures = 0
+        while self.failed is None:
+            new: list[_Row] = []
             try:
+                with self._lock:
+                    while not (self._waiting or self._rows or self._closing):
+                        self._lock.wait()
+                    if self._closing and not self._waiting and not self._rows:
+                        return
+                self._leave([row for row in self._rows if row.stream.cancelled], "cancelled")
+                with self._lock:
+                    self._admit(new)
                 if new:
                     self._prefill(new)
                 if self._rows:
                     self._step()
+                failures = 0
             except Exception as error:  # a failing device must not leave anybody waiting
-                self._break(new, error)
+                failures += 1
+                self._break(new, error, failures)
 
-    def _admit(self) -> list[_Row]:
-        """Takes from the queue what fits: the first always, if there is a slot."""
-        new: list[_Row] = []
+    def _admit(self, new: list[_Row]) -> None:
+        """Takes over to `new` what fits of the queue: the first always, if there is a slot."""
         room = self._prefill_tokens
         for row in [row for row in self._waiting if row.stream.cancelled]:
             self._waiting.remove(row)
             self._finish(row, "cancelled")
-        free = self._model.slots - sum(not row.stream.cancelled for row in self._rows)
+        free = self._model.slots - len(self._rows)
         while self._waiting and len(new) < free and (not new or self._waiting[0].length <= room):
             row = self._waiting.popleft()
             room -= row.length
             new.append(row)
-        return new
 
     def _prefill(self, new: list[_Row]) -> None:
         from rad_jax.serving.model import Prompt
@@ -296,11 +312,18 @@ class Engine:
         self._choose(rows, logits, maps)
 
     def _choose(self, rows: list[_Row], logits: Any, maps: Sequence[np.ndarray | None]) -> None:
-        """Gives every row its next token, and lets those go whose text has ended."""
-        greedy = logits.argmax(-1).tolist()
-        ended: dict[str, list[_Row]] = {"stop": [], "length": []}
+        """Gives every row its next token, and lets those go whose text has ended, or whose numbers are none."""
+        import torch
+
+        found = logits.argmax(-1, keepdim=True)
+        # Where a row holds a NaN, it is what argmax finds; -inf alone is in order, of ids that are suppressed. Both are read at once.
+        greedy, largest = torch.cat((found.double(), logits.gather(-1, found).double()), 1).T.tolist()
+        ended: dict[str, list[_Row]] = {"stop": [], "length": [], "overflow": []}
         for i, row in enumerate(rows):
-            row.token = greedy[i] if row.sampler is None else row.sampler.choose(logits[i].cpu().numpy())
+            if not math.isfinite(largest[i]):
+                ended["overflow"].append(row)
+                continue
+            row.token = int(greedy[i]) if row.sampler is None else row.sampler.choose(logits[i].cpu().numpy())
             stream = row.stream
             stream.completion_tokens += 1
             full = stream.completion_tokens >= row.limit or row.length >= self._model.max_tokens
@@ -314,12 +337,12 @@ class Engine:
             if reason is not None:
                 ended[reason].append(row)
             stream.tell(Piece(shown, row.token, maps[i]))
-        self._tokens_total += len(rows)
+        self._tokens_total += len(rows) - len(ended["overflow"])
         for reason, gone in ended.items():
             self._leave(gone, reason)
 
     def _leave(self, gone: Sequence[_Row], reason: str) -> None:
-        """Ends rows and closes the gaps they leave with the last ones."""
+        """Ends rows, with a `finish_reason` or by "overflow", and closes the gaps they leave with the last ones."""
         for row in gone:
             place, last = self._rows.index(row), len(self._rows) - 1
             if place != last:
@@ -331,15 +354,28 @@ class Engine:
     def _finish(self, row: _Row, reason: str) -> None:
         if reason != "cancelled":
             self._seconds += 0.2 * (time.monotonic() - row.began - self._seconds)
+        if reason == "overflow":
+            advice = "" if self.info.dtype == "float32" else ": serve the bundle with --dtype=float32"
+            row.stream.tell(Broken(f"the model's numbers overflowed in {self.info.dtype} on this request{advice}"))
+            return
         row.stream.finish_reason = reason
         row.stream.tell(None)
 
-    def _break(self, new: Sequence[_Row], error: Exception) -> None:
-        """Tells the rows in progress that they have failed; what waits is tried."""
-        broken = [*self._rows, *(row for row in new if row not in self._rows)]
-        self._rows.clear()
+    def _break(self, new: Sequence[_Row], error: Exception, failures: int) -> None:
+        """Tells the rows in progress that they have failed. What waits is tried, unless nothing can be expected to work any more."""
+        kind = type(error).__name__
+        with self._lock:
+            if _DEVICE_ERROR.search(str(error)):
+                self.failed = f"the device failed ({kind})"
+            elif failures >= FAILURES:
+                self.failed = f"the engine failed {failures} times in a row ({kind})"
+            broken = [*self._rows, *(row for row in new if row not in self._rows)]
+            self._rows.clear()
+            if self.failed:
+                broken += self._waiting
+                self._waiting.clear()
         for row in broken:
-            told = Broken(f"the engine failed on this request ({type(error).__name__})")
+            told = Broken(self.failed or f"the engine failed on this request ({kind})")
             row.stream.tell(told.with_traceback(error.__traceback__))  # for the log, which says where
 
 

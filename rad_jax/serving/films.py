@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import queue
@@ -20,9 +22,11 @@ import numpy as np
 from rad_jax.errors import UserError
 from rad_jax.serving import decoder
 from rad_jax.serving.errors import ApiError
+from rad_jax.serving.plan import DECODERS
 
 SECONDS = 60.0  # for one film
 WAITING = 64  # films that may wait for a process
+BASE64 = 2**20  # characters that are decoded at once, a multiple of four
 PREVIEW = 2048  # pixels of a preview's long side
 MESSAGES = {
     "not_for_clinical_use": "Not for clinical use: research only.",
@@ -37,9 +41,10 @@ MESSAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """uint8 [Y, X], what the file is, and what to warn of: codes of MESSAGES."""
+    """uint8 [Y, X] and their hash, what the file is, and what to warn of: codes of MESSAGES."""
 
     pixels: np.ndarray
+    sha256: str
     kind: str
     view: str
     warnings: tuple[str, ...]
@@ -47,9 +52,10 @@ class Film:
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """A 16-bit grey PNG, the film's own (Y, X), and the values that its window shows black and white."""
+    """A 16-bit grey PNG, the hash of all of the film's pixels, its own (Y, X), and the values that its window shows black and white."""
 
     png: bytes
+    sha256: str
     shape: tuple[int, int]
     window: tuple[int, int]
 
@@ -57,12 +63,13 @@ class Preview:
 class Films:
     """Decodes films in `workers` processes, which are started again when they die."""
 
-    def __init__(self, workers: int = 2):
+    def __init__(self, workers: int = DECODERS):
         self._pool = ThreadPoolExecutor(workers, "films")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):
             self._idle.put(_Worker())
         self._workers, self._waiting = workers, 0
+        self._free = asyncio.Semaphore(workers)
 
     def start(self) -> None:
         """Starts the processes, which the first films would else wait for."""
@@ -79,28 +86,39 @@ class Films:
         """
         told, raw = self._ask(data, "film", dicom)
         pixels = np.frombuffer(raw, np.uint8).reshape(told["shape"])
-        return Film(pixels, told["kind"], told["view"], tuple(warned(told, dicom)))
+        return Film(pixels, hashed(pixels), told["kind"], told["view"], tuple(warned(told, dicom)))
 
     def preview(self, data: bytes) -> Preview:
         """A film for a viewer, in this thread; raises as `decode`."""
         from PIL import Image
 
         told, raw = self._ask(data, "deep", "window")
-        film = Image.fromarray(np.frombuffer(raw, np.uint16).reshape(told["shape"]))
+        pixels = np.frombuffer(raw, np.uint16).reshape(told["shape"])
+        film = Image.fromarray(pixels)
         film.thumbnail((PREVIEW, PREVIEW), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         film.save(buffer, format="PNG", compress_level=1)
-        return Preview(buffer.getvalue(), tuple(told["shape"]), tuple(told["window"]))
+        return Preview(buffer.getvalue(), hashed(pixels), tuple(told["shape"]), tuple(told["window"]))
 
     async def run(self, work: Any, *arguments: Any) -> Any:
-        """Awaits `decode` or `preview`; raises ApiError too, when too many wait."""
+        """Awaits `decode` or `preview`; raises ApiError too, when too many wait. One that is cancelled while it waits is never begun."""
         if self._waiting >= WAITING:
             raise ApiError(429, "too many films are waiting to be read: try again.", code="busy", retry_after=1)
         self._waiting += 1
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+            await (
+                self._free.acquire()
+            )  # here it waits, and not in the pool's queue, which would hold what nobody asks for any more
+            future = self._pool.submit(work, *arguments)
+            future.add_done_callback(lambda _: self._release(loop))  # a thread cannot be called off
+            return await asyncio.wrap_future(future)
         finally:
             self._waiting -= 1
+
+    def _release(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(self._free.release)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -167,6 +185,13 @@ def start() -> subprocess.Popen[bytes]:
     )
 
 
+def hashed(pixels: np.ndarray) -> str:
+    """SHA-256 of uint8 or uint16 [Y, X], its shape and rows."""
+    digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
 def warned(told: dict[str, Any], dicom: str) -> list[str]:
     """Codes of what a film's header gives reason to warn of."""
     codes = ["not_for_clinical_use"]
@@ -192,8 +217,13 @@ def from_url(url: str) -> bytes:
             code="invalid_image_url",
             param="messages",
         )
+    text = url.partition(",")[2]
     try:
-        return base64.b64decode(url.partition(",")[2], validate=True)
+        # In parts: a thread that decodes 50 MB at once would hold up all others.
+        parts = [text[at : at + BASE64] for at in range(0, len(text), BASE64)]
+        if any(part.endswith("=") for part in parts[:-1]):
+            raise ValueError("it goes on after its end")
+        return b"".join(base64.b64decode(part, validate=True) for part in parts)
     except (binascii.Error, ValueError) as error:
         raise ApiError(400, "the image's base64 is damaged.", code="invalid_image_url", param="messages") from error
 

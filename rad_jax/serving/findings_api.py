@@ -16,7 +16,7 @@ from rad_jax.serving import films, limits
 from rad_jax.serving.chat_api import Usage
 from rad_jax.serving.engine import Piece, Request
 from rad_jax.serving.errors import ApiError, error_body, responses
-from rad_jax.serving.films import Film, Preview
+from rad_jax.serving.films import Film
 from rad_jax.serving.service import Answer, Service, event_stream, texts
 
 
@@ -135,7 +135,7 @@ def router(service: Service) -> APIRouter:
     ) -> Response:
         """The film as a 16-bit grey PNG: modality LUT applied, MONOCHROME1 inverted, no window, at most 2,048 pixels a side."""
         service.check()
-        preview: Preview = await service.films.run(service.films.preview, await file.read())
+        preview = await service.preview(await file.read(), http)
         (height, width), (black, white) = preview.shape, preview.window
         told = {"Height": height, "Width": width, "Black": black, "White": white}
         headers = {f"X-Film-{name}": str(value) for name, value in told.items()}

@@ -39,16 +39,34 @@ class Graphs:
         spare = [0] * (rows - len(tokens))
         self._tokens[:rows].copy_(torch.tensor([*tokens, *spare]))
         self._lengths[:rows].copy_(torch.tensor([*lengths, *spare]))
+        if not self._has(rows, longest):
+            return None
+        graph, logits = self._captured[rows, longest]
+        graph.replay()
+        return logits[: len(tokens)]
+
+    def prepare(self, longest: Sequence[int]) -> None:
+        """Captures all numbers of rows with so many tokens. No slot may be in use: the first token of each is written over."""
+        self._tokens.zero_()
+        self._lengths.zero_()
+        counts = {rounded(rows, 1, self._slots, self._max_tokens)[0] for rows in range(1, self._slots + 1)}
+        for most in sorted({rounded(1, tokens, self._slots, self._max_tokens)[1] for tokens in longest}):
+            for rows in sorted(
+                counts, reverse=True
+            ):  # the largest first: what the others need of memory is in its pool
+                if self.broken or not self._has(rows, most):
+                    return
+
+    def _has(self, rows: int, longest: int) -> bool:
+        """Whether the step is captured, now if not before."""
         if (rows, longest) not in self._captured:
             try:
                 self._captured[rows, longest] = self._capture(rows, longest)
             except RuntimeError as error:
                 self.broken = True
                 self._say(f"CUDA graphs are not used: capturing a step failed ({str(error).splitlines()[0]}).")
-                return None
-        graph, logits = self._captured[rows, longest]
-        graph.replay()
-        return logits[: len(tokens)]
+                return False
+        return True
 
     def _capture(self, rows: int, longest: int) -> tuple[Any, torch.Tensor]:
         given = self._tokens[:rows], self._lengths[:rows], longest

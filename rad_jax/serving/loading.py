@@ -13,6 +13,7 @@ from rad_jax.serving import bundle as bundles
 from rad_jax.serving import plan as plans
 from rad_jax.serving.bundle import Bundle
 from rad_jax.serving.engine import Engine, EngineInfo
+from rad_jax.serving.limits import DEFAULT_NEW_TOKENS
 from rad_jax.serving.plan import GIB, PREFILL_TOKENS, Plan
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -113,6 +114,8 @@ def build(bundle: Bundle, plan: Plan, say: Callable[[str], object]) -> Any:
     model = Model(bundle.decoder, bundle.tower, weights, bundle.suppressed, plan.slots, plan.max_tokens, say)
     model.prefill([Prompt([0], None, False)], 0)
     model.step([Row(0, 1, None)])
+    # A film with a short question at its beginning, and at the end of its text.
+    model.prepare([bundle.tower.patches + more for more in (64, 64 + DEFAULT_NEW_TOKENS)])
     return model
 
 

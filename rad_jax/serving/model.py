@@ -90,11 +90,13 @@ class Model:
         self._starts = torch.arange(slots * c.kv_heads, device=like.device).view(slots, -1) * max_tokens
         read = c.depth * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.mlp_dim) * like.element_size()
         self._alone = like.device.type == "cpu" and read <= _SMALL
+        # Of the layers that attention maps are made of: a step leaves its queries here, where a graph can, and maps come after it.
+        self._first = c.depth // 2
+        self._queries = torch.zeros((c.depth - self._first, slots, c.heads, c.head_dim), **self._new)
         self._graphs: Graphs | None = None
         if like.device.type == "cuda":
-            nobody = Maps((), c.depth, tower.patches)
             self._graphs = Graphs(
-                lambda t, n, most: self._step(t, n, most, True, nobody), slots, max_tokens, like.device, say
+                lambda t, n, most: self._step(t, n, most, True, True), slots, max_tokens, like.device, say
             )
 
     @torch.inference_mode()
@@ -131,7 +133,7 @@ class Model:
         ends = np.cumsum(lengths).tolist()
         positions = torch.cat([self._places[:length] for length in lengths])
         cos, sin = self._cos[positions, None], self._sin[positions, None]
-        maps = Maps(places, c.depth, patches)
+        maps = Maps(places, patches)
         last = torch.tensor(ends, device=x.device) - 1
         for number, layer in enumerate(self.weights.layers):
             heads = self._heads(layer, x, cos, sin)
@@ -145,7 +147,8 @@ class Model:
                     q[None], k[None], v[None], is_causal=not final, enable_gqa=c.heads != c.kv_heads
                 )
                 mixed.append(y[0].transpose(0, 1).reshape(q.shape[1], -1))
-                maps.add(row, number, q[:, -1], k)
+                if number >= self._first:
+                    maps.add(row, q[:, -1], k)
             x = torch.addmm(x[last] if final else x, torch.cat(mixed), layer.out.turned)
             x = self._feed(layer, x)
         return self._logits(x), maps.finished(self.tower.side)
@@ -153,25 +156,34 @@ class Model:
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> tuple[Tensor, list[np.ndarray | None]]:
         """One more token in each of the first slots: logits float32 [B, V] of the token after it, and attention maps as `prefill`."""
-        tokens, lengths = [row.token for row in rows], [row.length for row in rows]
-        maps = Maps([row.look_from for row in rows], self.decoder.depth, self.tower.patches)
-        if self._graphs is not None and not self._graphs.broken and not any(maps.places):
+        tokens, lengths, places = zip(*rows, strict=True)
+        logits = None
+        if self._graphs is not None and not self._graphs.broken:
             logits = self._graphs.run(tokens, lengths)
-            if logits is not None:
-                return logits, [None] * len(rows)
-        device, longest = self._bias.device, max(lengths) + 1
-        given = torch.tensor(tokens, device=device), torch.tensor(lengths, device=device)
+        maps, device, longest = Maps(places, self.tower.patches), self._bias.device, max(lengths) + 1
         with _one_core() if self._alone else contextlib.nullcontext():
-            logits = self._step(*given, longest, min(lengths) + 1 < longest, maps)
+            if logits is None:
+                given = torch.tensor(tokens, device=device), torch.tensor(lengths, device=device)
+                logits = self._step(*given, longest, min(lengths) + 1 < longest, any(p is not None for p in places))
+            for row in (row for row, place in enumerate(places) if place is not None):
+                for number in range(self._first, self.decoder.depth):
+                    keys = self.keys[number, row, :, : lengths[row] + 1]
+                    maps.add(row, self._queries[number - self._first, row], keys)
             return logits, maps.finished(self.tower.side)
+
+    @torch.inference_mode()
+    def prepare(self, longest: Sequence[int]) -> None:
+        """Captures the steps of all numbers of rows with so many tokens, before any row is in use: the first requests need not wait."""
+        if self._graphs is not None:
+            self._graphs.prepare(longest)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Takes what the slot `source` holds over to `target`."""
         for kept in (self.keys, self.values):
             kept[:, target, :, :length] = kept[:, source, :, :length]
 
-    def _step(self, tokens: Tensor, lengths: Tensor, longest: int, uneven: bool, maps: "Maps") -> Tensor:
-        """A step over the first `longest` tokens of the slots. `lengths` int [B] are without the new token."""
+    def _step(self, tokens: Tensor, lengths: Tensor, longest: int, uneven: bool, keep: bool) -> Tensor:
+        """A step over the first `longest` tokens of the slots. `lengths` int [B] are without the new token; `keep` is for queries."""
         c, rows = self.decoder, len(tokens)
         group = c.heads // c.kv_heads
         x = F.embedding(tokens, self.weights.embedding)
@@ -188,9 +200,8 @@ class Model:
             self.values[number].view(-1, c.head_dim).index_copy_(0, index, v.reshape(-1, c.head_dim))
             keys, values = self.keys[number, :rows, :, :longest], self.values[number, :rows, :, :longest]
             y = F.scaled_dot_product_attention(q.view(rows, c.kv_heads, group, -1), keys, values, attn_mask=mask)
-            for row, place in enumerate(maps.places):
-                if place is not None:
-                    maps.add(row, number, q[row], keys[row, :, : int(lengths[row]) + 1])
+            if keep and number >= self._first:
+                self._queries[number - self._first, :rows] = q
             x = self._feed(layer, torch.addmm(x, y.reshape(rows, -1), layer.out.turned))
         return self._logits(x)
 
@@ -229,16 +240,16 @@ def _one_core() -> Iterator[None]:
 
 
 class Maps:
-    """Attention on the patches of the rows that ask for it: the mean over all heads of the last half of the layers."""
+    """Attention on the patches of the rows that ask for it: the mean over all heads of the layers that are added, the last half."""
 
-    def __init__(self, places: Sequence[int | None], depth: int, patches: int):
-        self.places, self._depth, self._patches = places, depth, patches
+    def __init__(self, places: Sequence[int | None], patches: int):
+        self.places, self._patches = places, patches
         self._sums: dict[int, Any] = {}
 
-    def add(self, row: int, layer: int, q: Tensor, k: Tensor) -> None:
-        """Queries [N, H] of a row's last token and keys [K, T, H] of all its tokens."""
+    def add(self, row: int, q: Tensor, k: Tensor) -> None:
+        """Queries [N, H] of a row's last token and keys [K, T, H] of all its tokens, of one layer."""
         place = self.places[row]
-        if place is None or layer < self._depth // 2:
+        if place is None:
             return
         keys, (heads, width) = k.float(), q.shape
         grouped = q.float().view(len(keys), -1, width)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rad_jax.errors import UserError
+from rad_jax.serving import limits
 from rad_jax.serving.bundle import Bundle, Decoder, Tower
 
 GIB = 2**30
@@ -19,6 +20,13 @@ PREFILL_TOKENS = (
 # Beside tensors: on a card the CUDA context, cuBLAS's workspace and what the allocator cannot use (0.5 to 0.8 GiB on a V100 are
 # reported); on a CPU the interpreter with PyTorch.
 ALLOWANCE = {"cuda": int(0.7 * GIB), "cpu": int(0.5 * GIB)}
+CONTEXT = int(0.3 * GIB)  # of that: what a CUDA context takes as it is made, before any kernel is loaded
+# Around the engine on a CPU; beside a card it is the host's memory. A decoder was measured at its peak on the largest DICOM that an upload
+# holds uncompressed, 24 megapixels of 16 bits: 776 MB, of which 89 MB before. (One of 64 megapixels, compressed, takes up to 2.5 GB for a
+# moment, within the decoder's own limit; where that is too much, the system ends the decoder and not the server.) Of all uploads that are
+# held there is the body, and the film taken out of it.
+DECODERS, DECODER_BYTES = 2, 776 * 2**20
+BODY_BYTES = 2 * limits.BODIES
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NF4_ROWS, NF4_BLOCK = 2048, 64
 # The release of requirements-serve.txt in the build with Volta's sm_70: PyTorch's for CUDA 12.6, whose last is 2.14. CUDA 13, for which the
@@ -32,12 +40,16 @@ _BLOCK = re.compile(r"vision_tower\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What is computed on: `kind` cuda or cpu, bytes that are free there, and on a card its compute capability."""
+    """What is computed on: `kind` cuda or cpu, bytes that are free there, and on a card its compute capability.
+
+    `context`: bytes of the allowance that this process has taken already, and that are not among the free ones any more.
+    """
 
     name: str
     kind: str
     free: int
     capability: tuple[int, int] | None = None
+    context: int = 0
 
 
 # Cards that a hospital may have, with the memory that they show when nothing else runs.
@@ -61,13 +73,16 @@ class Plan:
     temporary_bytes: int
     scratch_bytes: int
     allowance: int
+    decoder_bytes: int
+    body_bytes: int
     slots: int
     max_tokens: int
 
     @property
     def batch_1(self) -> int:
         """Bytes with a single row."""
-        return self.weight_bytes + self.slot_bytes + self.temporary_bytes + self.scratch_bytes + self.allowance
+        engine = self.weight_bytes + self.slot_bytes + self.temporary_bytes + self.scratch_bytes
+        return engine + self.allowance + self.decoder_bytes + self.body_bytes
 
     @property
     def total(self) -> int:
@@ -82,6 +97,8 @@ class Plan:
             "prefill and logits": self.temporary_bytes,
             "one matrix spread out": self.scratch_bytes,
             "CUDA context and allocator" if self.card.kind == "cuda" else "Python and PyTorch": self.allowance,
+            f"{DECODERS} processes that decode films": self.decoder_bytes,
+            "uploads": self.body_bytes,
         }
         lines = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in parts.items() if size]
         head = f"memory plan, {self.card.name}, {self.dtype}: needs {self.batch_1 / GIB:.1f} of {self.card.free / GIB:.1f} GiB at batch 1"
@@ -106,7 +123,9 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
     max_tokens = min(c.max_positions, MAX_TOKENS)
     slot = 2 * c.depth * c.kv_heads * c.head_dim * max_tokens * item
     scratch = _scratch(bundle, weights, item)
-    fixed = weight_bytes(bundle, weights, item) + scratch + ALLOWANCE[card.kind]
+    stored, allowance = weight_bytes(bundle, weights, item), ALLOWANCE[card.kind] - card.context
+    decoders, bodies = (DECODERS * DECODER_BYTES, BODY_BYTES) if card.kind == "cpu" else (0, 0)
+    fixed = stored + scratch + allowance + decoders + bodies
     wanted = slots or MOST_SLOTS[card.kind]
 
     def needed(rows: int) -> int:
@@ -124,11 +143,13 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
         card=card,
         dtype=dtype,
         weights=weights or dtype,
-        weight_bytes=fixed - scratch - ALLOWANCE[card.kind],
+        weight_bytes=stored,
         slot_bytes=slot,
         temporary_bytes=temporary_bytes(c, bundle.tower, fitting, max_tokens, item),
         scratch_bytes=scratch,
-        allowance=ALLOWANCE[card.kind],
+        allowance=allowance,
+        decoder_bytes=decoders,
+        body_bytes=bodies,
         slots=fitting,
         max_tokens=max_tokens,
     )
@@ -204,7 +225,8 @@ def this_gpu() -> Card:
 
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     check_build(name, capability, torch.cuda.get_arch_list(), torch.__version__)
-    return Card(name, "cuda", torch.cuda.mem_get_info()[0], capability)
+    free, total = torch.cuda.mem_get_info()  # which makes the context, if nothing has: it is not free any more
+    return Card(name, "cuda", free, capability, min(total - free, CONTEXT))
 
 
 def check_build(name: str, capability: tuple[int, int], architectures: Sequence[str], version: str) -> None:

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
@@ -14,8 +14,14 @@ from rad_jax.serving import audit
 from rad_jax.serving.audit import Audit
 from rad_jax.serving.engine import Broken, Engine, Full, Piece, Request, Stream, Told
 from rad_jax.serving.errors import ApiError
-from rad_jax.serving.films import Film, Films
+from rad_jax.serving.films import Film, Films, Preview
 from rad_jax.serving.metrics import Metrics
+
+T = TypeVar("T")
+
+
+def late() -> ApiError:
+    return ApiError(504, "the answer took too long and was given up.", code="timeout")
 
 
 @dataclasses.dataclass
@@ -24,7 +30,7 @@ class Service:
 
     Attributes:
         dicom: how a DICOM's grey values are made, one of `images.DICOM_STYLES`.
-        seconds: that a request may take, waiting included.
+        seconds: that a request may take, from its first byte on: upload, decoding and waiting included.
         stopping: no further request is taken.
     """
 
@@ -40,20 +46,52 @@ class Service:
         """Raises ApiError when no request can be taken."""
         if self.stopping:
             raise ApiError(503, "the server is being stopped.", code="stopping", retry_after=10)
+        if self.engine.failed:
+            raise ApiError(503, f"{self.engine.failed}: the server ends, to be started again.", code="engine")
         self.audit.check()
 
     async def film(self, data: bytes, http: HttpRequest) -> Film:
-        """Decodes what a client sent, and notes it for the audit log."""
-        film: Film = await self.films.run(self.films.decode, data, self.dicom)
-        shape = list(film.pixels.shape)
-        http.state.record.update(film=audit.pixels_hash(film.pixels), film_shape=shape, film_bytes=len(data))
+        """Decodes what a client sent, and notes it for the audit log.
+
+        Raises:
+            ApiError: too many wait, it took too long, or the client has gone.
+            UserError: it is no film, or one over the limits.
+        """
+        film: Film = await self._within(self.films.run(self.films.decode, data, self.dicom), http)
+        http.state.record.update(audit.film_fields(film.sha256, film.pixels.shape, data))
         return film
+
+    async def preview(self, data: bytes, http: HttpRequest) -> Preview:
+        """The same film for a viewer; raises as `film`."""
+        preview: Preview = await self._within(self.films.run(self.films.preview, data), http)
+        http.state.record.update(audit.film_fields(preview.sha256, preview.shape, data))
+        return preview
+
+    async def _within(self, work: Coroutine[Any, Any, T], http: HttpRequest) -> T:
+        """Awaits work, and ends it at the request's deadline or when its client leaves."""
+        task, gone = asyncio.create_task(work), asyncio.create_task(left(http))
+        left_over = self._deadline(http) - asyncio.get_running_loop().time()
+        try:
+            done, _ = await asyncio.wait((task, gone), timeout=left_over, return_when=asyncio.FIRST_COMPLETED)
+            if task in done:
+                return await task
+            if gone in done:
+                http.state.record["status"] = audit.GONE
+                raise ApiError(503, "the request was cancelled.", code="cancelled")
+            raise late()
+        finally:
+            task.cancel()
+            gone.cancel()
+
+    def _deadline(self, http: HttpRequest) -> float:
+        """In the loop's time."""
+        return float(http.state.began) + self.seconds
 
     async def ask(self, request: Request, http: HttpRequest) -> "Answer":
         """Puts a request in the engine's queue.
 
         Raises:
-            ApiError: the queue is full, or the server is being stopped.
+            ApiError: the queue is full, its time is over, the server is being stopped, or the engine has failed for good.
             UserError: it can never be answered.
         """
         self.check()
@@ -64,6 +102,8 @@ class Service:
         record = http.state.record
         record.update(question_characters=len(request.question), max_new_tokens=request.max_new_tokens)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Told]()
+        if loop.time() > self._deadline(http):
+            raise late()
 
         def tell(found: Told) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
@@ -76,7 +116,10 @@ class Service:
             raise ApiError(
                 429, "the queue is full: try again later.", code="queue_full", retry_after=error.retry_after
             ) from error
-        return Answer(stream, pieces, self.seconds, record, self.metrics)
+        except Broken:
+            self.check()  # which says so
+            raise
+        return Answer(stream, pieces, self._deadline(http), record, self.metrics)
 
     def close(self) -> None:
         """Lets what runs end, then everything."""
@@ -92,13 +135,13 @@ class Answer:
         self,
         stream: Stream,
         pieces: asyncio.Queue[Told],
-        seconds: float,
+        deadline: float,
         record: dict[str, Any],
         metrics: Metrics,
     ):
         self.stream, self._pieces, self._record, self._metrics = stream, pieces, record, metrics
         self._began = time.perf_counter()
-        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._deadline = deadline
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """
@@ -146,18 +189,23 @@ class Answer:
             async with asyncio.timeout_at(self._deadline):
                 found = await self._pieces.get()
         except TimeoutError:
-            raise ApiError(504, "the answer took too long and was given up.", code="timeout") from None
+            raise late() from None
         if isinstance(found, Broken):
             audit.say(f"error: {audit.told(found)}")
-            raise ApiError(500, "the engine failed on this request.", code="engine")
+            raise ApiError(500, f"{found}.", code="engine")
         return found
 
     async def _watch(self, http: HttpRequest) -> None:
         """Cancels the text when the client leaves."""
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+        await left(http)
         http.state.record["status"] = audit.GONE
         self.stream.cancel()
+
+
+async def left(http: HttpRequest) -> None:
+    """Returns when the client has gone. Of a request whose body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def event_stream(

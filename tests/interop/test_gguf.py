@@ -25,6 +25,8 @@ from rad_jax.prompts import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 HF = "language_model.model."
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -295,3 +297,23 @@ def test_what_is_held_is_what_is_written(plain_example, tmp_path):
     found = tensors(tmp_path / "out/model-q8_0.gguf", model.config.llm)
     kernel = held(model, "q8_0")["layers"]["attn"]["q"]["kernel"][1]
     np.testing.assert_array_equal(kernel.reshape(32, 32).T, found[f"{HF}layers.1.self_attn.q_proj.weight"])
+
+
+def test_the_command_says_that_the_file_cannot_see():
+    """On the terminal, and not in the file's card alone. What is written is tested above."""
+    code = """
+from pathlib import Path
+from absl import flags
+from launch import export as command
+from rad_jax.interop import export
+export.export = lambda *_, **__: {"bytes": 1, "seconds": 1.0, "mb_per_s": 1.0}
+flags.FLAGS(["export", "--format=gguf"])
+command.write(Path("out"), None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert told[0].startswith("out: 0.00 GB as gguf (float16)") and told[1] == f"warning: {VISION}."
+    assert (
+        "llama.cpp computes the image towers of this model family wrongly" in told[1] and "cannot see films" in told[1]
+    )

@@ -4,14 +4,16 @@
 
 Each film is asked about once alone: that is the right answer. Then each client asks about one film after the other, streamed or whole by turns,
 and waits and asks again when the queue is full. Printed are answers, wrong and failed ones, those that hung (over --patience seconds), the
-median and 99th percentile of seconds to first token and to the whole answer, tokens a second, and the server's memory over time.
-Exit status 1 if an answer was wrong, failed or hung.
+median and 99th percentile of seconds to first token and to the whole answer, tokens a second, and the memory over time of the server with its
+children. Memory is flat if the median of the last third of its values is at most --growth above that of the middle third: the first one warms up.
+Exit status 1 if an answer was wrong, failed or hung, or memory was not flat.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import statistics
 import sys
 import threading
 import time
@@ -87,9 +89,22 @@ def client(url: str, films: list[bytes], right: list[str], start: int, end: floa
 
 
 def anonymous(pid: int) -> float:
-    """Megabytes of the process's own memory."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
+    """Megabytes of own memory of the process and its children."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    found = 0.0
+    for one in (pid, *(int(child) for children in lists for child in children)):
+        try:
+            lines = Path(f"/proc/{one}/status").read_text().splitlines()
+        except OSError:  # it has ended in between
+            continue
+        found += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+    return found
+
+
+def growth(memory: list[float]) -> float:
+    """From the median of the middle third of values to that of the last; the first third is warming up."""
+    third = max(len(memory) // 3, 1)
+    return statistics.median(memory[-third:]) / statistics.median(memory[-2 * third : -third] or memory[:1]) - 1
 
 
 def share(values: list[float], part: float) -> float:
@@ -105,6 +120,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--patience", type=float, default=180)
+    parser.add_argument("--growth", type=float, default=0.05, help="Of the server's memory, as a share.")
     given = parser.parse_args()
     films = [path.read_bytes() for path in given.films]
     with httpx.Client(base_url=given.url, timeout=given.patience) as connection:
@@ -119,7 +135,7 @@ def main() -> int:
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        time.sleep(min(given.seconds / 10, 10))
+        time.sleep(min(given.seconds / 30, 10))
         memory.append(anonymous(given.pid))
     seconds = [s for told in answers for s in told.seconds]
     first = [s for told in answers for s in told.first]
@@ -133,9 +149,10 @@ def main() -> int:
     print(
         f"first token: median {share(first, 0.5):.2f} s, p99 {share(first, 0.99):.2f} s; {counts['tokens'] / given.seconds:.0f} tokens/s"
     )
-    print("memory, MB: " + " ".join(f"{size:.0f}" for size in memory))
+    grown = growth(memory)
+    print("memory, MB: " + " ".join(f"{size:.0f}" for size in memory) + f"; it grew by {grown:.1%} after warming up")
     lost = len(answers) < given.clients
-    return int(lost or not seconds or bool(counts["wrong"] + counts["failed"] + counts["hung"]))
+    return int(lost or not seconds or bool(counts["wrong"] + counts["failed"] + counts["hung"]) or grown > given.growth)
 
 
 if __name__ == "__main__":

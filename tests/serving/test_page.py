@@ -229,6 +229,28 @@ def film(tmp_path: Path) -> Path:
     return tmp_path / "DOE^JANE.png"
 
 
+@pytest.fixture(params=["made", "real"])
+def dicom(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A film of 12 bits with a window of its own, drawn here; and, where there is one, a real one in JPEG 2000."""
+    if request.param == "real":
+        found: Path = request.getfixturevalue("real") / "dicom" / "RG1_J2KI.dcm"
+        return found
+    pydicom = pytest.importorskip("pydicom")
+    rows = np.linspace(300, 3500, 300)[:, None] + np.random.default_rng(0).normal(0, 200, (300, 240))
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.ComputedRadiographyImageStorage, "1.2.3"
+    dataset.Modality, dataset.ViewPosition, dataset.PatientName = "CR", "PA", "DOE^JANE"
+    dataset.Rows, dataset.Columns = rows.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.WindowCenter, dataset.WindowWidth = "2000", "3000"
+    dataset.PixelData = np.clip(rows, 0, 4095).astype(np.uint16).tobytes()
+    dataset.save_as(tmp_path / "DOE^JANE.dcm", enforce_file_format=True)
+    return tmp_path / "DOE^JANE.dcm"
+
+
 def heat(browser: Chromium) -> int:
     """How many of the film's pixels are covered."""
     count: int = browser.js(
@@ -253,13 +275,24 @@ def ready(browser: Chromium) -> None:
 
 @needs_browser
 @pytest.mark.slow
-def test_from_a_dicom_to_findings(browser: Chromium, serve: Callable[..., Any], real: Path) -> None:
+def test_from_a_dicom_to_findings(browser: Chromium, serve: Callable[..., Any], dicom: Path) -> None:
     """Drop, window, reason, stream, hover, copy; nothing leaves the origin, stays behind, or stands in an address."""
     pydicom = pytest.importorskip("pydicom")
-    file = real / "dicom" / "RG1_J2KI.dcm"
+    file = dicom
     dataset = pydicom.dcmread(file)
     url, paced = serve()
     browser.open(url)
+    entry = "[...$('card').querySelectorAll('dt')].map(e => [e.textContent, e.nextElementSibling.textContent])"
+    card = browser.js(f"Object.fromEntries({entry})")
+    assert (card["Model"], card["Version"], card["Bundle"]) == (
+        paced.info.name,
+        paced.info.version,
+        paced.info.bundle_sha256,
+    )
+    assert (
+        len(card["Bundle"]) == 64
+        and browser.js("$('model').textContent") == f"{card['Model']}, version {card['Version']}"
+    )
     browser.events.clear()
     browser.drop(file)
     ready(browser)

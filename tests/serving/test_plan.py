@@ -1,11 +1,16 @@
 """The memory plan counts what will be there, and says no before anything is loaded."""
 
+import dataclasses
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rad_jax.errors import UserError
+from rad_jax.serving import films, limits
 from rad_jax.serving import plan as plans
 from rad_jax.serving.bundle import Bundle, Decoder, Tower, read
 from rad_jax.serving.filling import expected
@@ -110,6 +115,65 @@ def test_counted_weights_are_those_in_memory(kind, weights, bundle):
     # What the plan counts and the engine leaves out: the mask token and the last norm.
     unused = 4 * 24 * (3 if kind == "dinov2" else 2)
     assert plans.weight_bytes(found, weights, 4) == bytes_ + unused
+
+
+def test_a_cpu_also_holds_decoders_and_uploads(real):
+    card = Card("a CPU", "cpu", 64 * GIB)
+    found = plan(real, card, "bfloat16")
+    assert found.decoder_bytes == 2 * 776 * 2**20 and found.body_bytes == 2 * limits.BODIES
+    engine = found.weight_bytes + found.slot_bytes + found.temporary_bytes + found.allowance
+    assert found.batch_1 == engine + found.decoder_bytes + found.body_bytes < 24 * 10**9
+    assert "1.52 GiB  2 processes that decode films" in found.text() and "0.75 GiB  uploads" in found.text()
+    with pytest.raises(UserError, match="a single row"):
+        plan(real, dataclasses.replace(card, free=engine), "bfloat16")
+    assert plan(real, CARDS["V100-32GB"], "float16").decoder_bytes == 0  # the host's memory
+
+
+def square_dicom(side):
+    """Noise of 12 bits in 16."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = ComputedRadiographyImageStorage, "1.2.3"
+    dataset.Rows = dataset.Columns = side
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.PixelData = np.random.default_rng(0).integers(0, 4096, (side, side), np.uint16).tobytes()
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_a_decoder_is_no_larger_than_the_plan_says():
+    """Its peak grows with the pixels: here on a sixth of the largest film that an upload holds uncompressed. It is ended first, too."""
+    reader, side = films.Films(1), 2000
+    worker = reader._idle.get()
+    reader._idle.put(worker)
+    reader._ask(square_dicom(side), "deep", "window")
+    process = Path(f"/proc/{worker.start().pid}")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+    idle = 89 * 2**20
+    most = idle + (plans.DECODER_BYTES - idle) * side**2 / (limits.BODY / 2)
+    assert peak is not None and idle / 2 < int(peak[1]) * 1024 < 1.15 * most
+    assert (process / "oom_score_adj").read_text().strip() == "1000"
+    reader.close()
+
+
+@pytest.mark.parametrize(("others", "context"), [(0, 0.25), (8, 0.3)])
+def test_the_context_of_a_card_is_counted_once(monkeypatch, others, context, real):
+    """Free memory is asked for when the context is there: it has left the free bytes, and must leave the allowance."""
+    total = CARDS["V100-32GB"].free
+    free = total - int((0.25 + others) * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    card = plans.this_gpu()
+    assert card.free == free and card.context == int(context * GIB)
+    assert plan(real, card, "float16").allowance == plans.ALLOWANCE["cuda"] - card.context
 
 
 def test_a_build_without_code_for_the_card_is_refused_with_one_that_has_it():

@@ -20,7 +20,7 @@ import uvicorn
 from PIL import Image
 
 from rad_jax import prompts
-from rad_jax.serving.app import Server, Settings, create_app
+from rad_jax.serving.app import Connection, Server, Settings, create_app
 from rad_jax.serving.engine import Engine, EngineInfo
 
 SIZE, PATCHES = 28, 4
@@ -141,7 +141,7 @@ def serve(scripted: Callable[..., tuple[Engine, ScriptedModel]]) -> Iterator[Cal
 def start_server(app: Any, engine: Engine, model: Any) -> Served:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    config = uvicorn.Config(app, loop="asyncio", http="h11", ws="none", log_config=None, access_log=False)
+    config = uvicorn.Config(app, loop="asyncio", http=Connection, ws="none", log_config=None, access_log=False)
     server = Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """The process as its users start it: what it says, what it never says, and how it stops."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,15 +17,17 @@ from pathlib import Path
 import httpx2 as httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit
+from rad_jax.serving import access, audit, decoder, films, offline
+from rad_jax.serving import command as commands
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "MARKEDNAME^OF^A^PATIENT"
-# The real app over a model that writes fixed text; its arguments: port, audit log, seconds a step.
+# The real app over a model that writes fixed text; its arguments: port, audit log, seconds a step, "broken" or not.
 SERVER = """
-import importlib.util, json, pathlib, sys
+import importlib.util, pathlib, sys
 from rad_jax.serving import app, command
 command.set_environment()
 spec = importlib.util.spec_from_file_location("scripted", {conftest!r})
@@ -33,19 +36,28 @@ sys.modules["scripted"] = scripted
 spec.loader.exec_module(scripted)
 from rad_jax.prompts import load_tokenizer
 from rad_jax.serving.engine import Engine
-port, log, seconds, tokenizer, *tls = sys.argv[1:]
+port, log, seconds, broken, tokenizer, *tls = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 model = scripted.ScriptedModel(tokenizer, 2, float(seconds))
+model.broken = broken == "broken"
 engine = Engine(model, tokenizer, [False] * tokenizer.vocab_size, frozenset([tokenizer.eos_id]), scripted.INFO, 4, 64, 4096)
 made = app.create_app(engine, app.Settings(audit=pathlib.Path(log)))
-app.serve(made, "127.0.0.1", int(port), **dict(zip(("certificate", "key"), map(pathlib.Path, tls))))
+sys.exit(app.serve(made, "127.0.0.1", int(port), **dict(zip(("certificate", "key"), map(pathlib.Path, tls)))))
 """
 
 
 class Process:
     """That server, with its output in files."""
 
-    def __init__(self, folder: Path, tokenizer: Path, seconds: float, prefix: tuple[str, ...], tls: tuple[Path, ...]):
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Path,
+        seconds: float,
+        prefix: tuple[str, ...],
+        tls: tuple[Path, ...],
+        broken: bool,
+    ):
         import socket
 
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -62,6 +74,7 @@ class Process:
                     str(self.port),
                     str(folder / "audit.jsonl"),
                     str(seconds),
+                    "broken" if broken else "whole",
                     str(tokenizer),
                     *map(str, tls),
                 ],
@@ -88,10 +101,10 @@ class Process:
 def process(tmp_path, small_tokenizer):
     made = []
 
-    def start(seconds=0.0, prefix=(), tls=()):
+    def start(seconds=0.0, prefix=(), tls=(), broken=False):
         folder = tmp_path / "server"
         folder.mkdir()
-        made.append(Process(folder, small_tokenizer.path, seconds, prefix, tls))
+        made.append(Process(folder, small_tokenizer.path, seconds, prefix, tls, broken))
         return made[-1]
 
     yield start
@@ -149,8 +162,9 @@ def test_the_audit_log(process, made):
     film = made.grey(90)
     answer = httpx.post(f"{served.url}/v1/findings", files={"file": made.png(film)}, timeout=60)
     httpx.post(f"{served.url}/v1/findings", files={"file": b"none"})
+    shown = httpx.post(f"{served.url}/v1/film", files={"file": made.png(film)}, timeout=60)
     httpx.get(f"{served.url}/healthz")
-    good, bad = (json.loads(line) for line in (served.folder / "audit.jsonl").read_text().splitlines())
+    good, bad, viewed = (json.loads(line) for line in (served.folder / "audit.jsonl").read_text().splitlines())
     assert good["request"] == answer.headers["x-request-id"] and answer.json()["id"].endswith(good["request"])
     assert good["film"] == hashlib.sha256(b"40x30:" + film.tobytes()).hexdigest()
     assert good["status"] == 200 and good["finish"] == "stop" and good["film_shape"] == [40, 30]
@@ -158,6 +172,9 @@ def test_the_audit_log(process, made):
     assert (good["model"], good["bundle"]) == ("scripted", "ab" * 32)
     assert good["token"] is None and good["seconds"] >= good["first_token_seconds"] > 0
     assert bad["status"] == 400 and "film" not in bad
+    values = np.asarray(Image.open(io.BytesIO(shown.content))).astype(np.uint16)
+    assert viewed["film"] == hashlib.sha256(b"40x30:" + values.tobytes()).hexdigest() and viewed["status"] == 200
+    assert viewed["film_shape"] == [40, 30] and viewed["film_bytes"] == len(made.png(film))
     assert (served.folder / "audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
@@ -185,6 +202,17 @@ def test_sigterm_lets_what_runs_end_and_refuses_what_is_new(process, made):
     assert found[0].status_code == 200 and found[0].json()["findings"] == made.said(made.grey())
     assert served.process.wait(30) == 0
     assert (served.folder / "stderr").read_text() == ""
+
+
+def test_a_server_whose_engine_has_failed_ends_with_a_status_that_has_it_started_again(process):
+    served = process(broken=True)
+    assert served.ready()
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = [httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [500] * 3
+    assert served.process.wait(30) == 1
+    assert "error: the engine failed 3 times in a row (RuntimeError): start the server again" in served.logged()
+    assert "PATIENT" not in served.logged()
 
 
 def test_tls(process, made, tmp_path):
@@ -243,26 +271,69 @@ print(httpx.post("{served.url}/v1/findings", files={{"file": pathlib.Path(sys.ar
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["findings"].startswith("the lungs")
-    # Of its TCP sockets, one listens and no other is of its own making.
-    table = Path(f"/proc/{served.process.pid}/net/tcp").read_text().splitlines()[1:]
+    # Of its sockets, one listens and no other is of its own making: no other TCP, no UDP, no raw packets.
+    net = Path(f"/proc/{served.process.pid}/net")
+    for kind in ("tcp6", "udp", "udp6", "raw", "raw6", "packet"):
+        assert not (net / kind).exists() or len((net / kind).read_text().splitlines()) == 1, kind
+    table = (net / "tcp").read_text().splitlines()[1:]
     local = f"0100007F:{served.port:04X}"
     assert any(line.split()[1] == local and line.split()[3] == "0A" for line in table)
     assert all(local in line.split()[1:3] for line in table)
 
 
-def test_a_connection_from_the_server_is_an_error():
+def test_what_reaches_for_the_network_is_an_error():
+    """Of Python code. What the server itself needs goes on: its socket, its clients, and the name that it listens on."""
     code = """
-import socket
-from rad_jax.serving import app
-app.forbid_connections()
-with socket.create_server(("127.0.0.1", 0)) as server:
+import asyncio, socket
+from rad_jax.serving import offline
+offline.forbid(("listened.example",))
+here = socket.create_server(("127.0.0.1", 0))
+there, udp = here.getsockname(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+tries = (
+    lambda: socket.create_connection(there),
+    lambda: socket.socket().connect_ex(there),
+    lambda: udp.sendto(b"x", there),
+    lambda: udp.sendmsg([b"x"], [], 0, there),
+    lambda: socket.getaddrinfo("hub.example", 443),
+    lambda: socket.gethostbyname("hub.example"),
+    lambda: socket.getnameinfo(("192.0.2.1", 443), 0),
+)
+for one in tries:
     try:
-        socket.create_connection(server.getsockname())
+        print(one())
     except PermissionError as error:
         print(error)
+a, b = socket.socketpair()
+print(a.sendmsg([b"x"]), len(socket.getaddrinfo("localhost", 80)) > 0, len(socket.getaddrinfo("::1", 80)) > 0)
+try:
+    socket.getaddrinfo("listened.example", 80)
+except socket.gaierror:
+    print("asked")
+async def listen():
+    (await asyncio.start_server(print, "localhost", 0)).close()
+asyncio.run(listen())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "this server opens no connections\n", done.stderr
+    connection, datagram, name = (
+        f"this server {what}" for what in ("opens no connections", "sends no datagrams", "looks no names up")
+    )
+    expected = [connection] * 2 + [datagram] * 2 + [name] * 3
+    assert done.stdout.splitlines() == [*expected, "1 True True", "asked"], done.stderr
+
+
+def test_decoders_and_a_batch_are_offline_too(monkeypatch):
+    called = []
+    monkeypatch.setattr(offline, "forbid", lambda *names: called.append(names))
+    monkeypatch.setattr(decoder, "load_codecs", lambda: called.append("codecs"))
+    monkeypatch.setattr(decoder.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    decoder.main()
+    assert called == [(), "codecs"]
+    monkeypatch.setattr(commands, "load", lambda *_: called.append("loaded"))
+    monkeypatch.setattr(commands, "run_batch", lambda *_: 0)
+    options = {option.name: option.default for option in commands.OPTIONS}
+    assert commands.run("bundle", options, ("in.csv", "out.jsonl")) == 0
+    assert called[2:] == [(), "loaded"]
 
 
 def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
@@ -458,7 +529,7 @@ __main__.main(["--help"])
 
 def test_the_hash_of_pixels_knows_their_shape():
     film = np.zeros((2, 3), np.uint8)
-    assert audit.pixels_hash(film) != audit.pixels_hash(film.reshape(3, 2))
+    assert films.hashed(film) != films.hashed(film.reshape(3, 2))
 
 
 def test_lines_of_the_access_log(plain, capsys):

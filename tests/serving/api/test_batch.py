@@ -1,6 +1,8 @@
 """Findings for a list, killed and begun again."""
 
 import csv
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rad_jax.errors import UserError
-from rad_jax.serving import batch
+from rad_jax.serving import audit, batch
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,8 +42,8 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(engine, source, out):
-    return batch.run(engine, source, out, dicom="mimic_cxr_jpg", max_new_tokens=256)
+def run(engine, source, out, **changes):
+    return batch.run(engine, source, out, **{"dicom": "mimic_cxr_jpg", "max_new_tokens": 256, **changes})
 
 
 def test_a_list(scripted, films, made):
@@ -109,6 +111,66 @@ def test_outputs_of_something_else_are_refused(scripted, films):
         run(engine, films / "none.csv", films / "new.jsonl")
 
 
+def test_a_list_that_is_asked_otherwise_is_refused(scripted, films):
+    """Whatever changes a text may not change between the lines of a file."""
+    engine, _ = scripted()
+    images, out = ["0.png", "1.png", "2.png"], films / "out.jsonl"
+    asked = ["COUGHMARK.", "", "Fever."]
+    run(engine, listed(films, images, indication=asked), out)
+    whole = out.read_bytes()
+    assert len({row["asked"] for row in lines(out)}) == 3 and b"COUGHMARK" not in whole
+    info = engine.info
+    for changes, indication in (
+        ({}, ["COUGHMARK.", "Dyspnoea.", "Fever."]),
+        ({}, ["COUGHMARK.", "", ""]),
+        ({"dicom": "window"}, asked),
+        ({"max_new_tokens": 255}, asked),
+        ({"weights": "int8"}, asked),
+        ({"dtype": "bfloat16"}, asked),
+    ):
+        engine.info = dataclasses.replace(info, **{k: v for k, v in changes.items() if k in ("weights", "dtype")})
+        given = {k: v for k, v in changes.items() if k in ("dicom", "max_new_tokens")}
+        with pytest.raises(UserError, match="for another indication, or with other --dicom, --weights, --dtype or"):
+            run(engine, listed(films, images, indication=indication), out, **given)
+        assert out.read_bytes() == whole
+    engine.info = info
+    assert run(engine, listed(films, [*images, "3.png"], indication=[*asked, "New."]), out) == (4, 0)
+    assert out.read_bytes().startswith(whole)
+
+
+def test_each_row_is_in_the_audit_log_and_no_patient(scripted, films, made, monkeypatch):
+    engine, _ = scripted()
+    source = listed(films, ["0.png", "broken.png", "film.dcm"], id=["DOE^A", "DOE^B", "DOE^C"], indication=["DOE."] * 3)
+    log = audit.Audit(films / "audit.jsonl", bundle="ab" * 32)
+    assert run(engine, source, films / "out.jsonl", audit=log) == (2, 1)
+    text = (films / "audit.jsonl").read_text()
+    first, bad, last = map(json.loads, text.splitlines())
+    assert "DOE" not in text and "png" not in text and "lungs" not in text
+    assert first["film"] == hashlib.sha256(b"40x30:" + made.grey(0).tobytes()).hexdigest()
+    assert (first["route"], first["status"], first["film_shape"], first["finish"]) == ("batch", 200, [40, 30], "stop")
+    assert first["film_bytes"] == (films / "0.png").stat().st_size and first["completion_tokens"] > 1
+    assert bad["status"] == 400 and "film" not in bad and last["film"] != first["film"]
+    assert {line["bundle"] for line in (first, bad, last)} == {"ab" * 32}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(audit.os, "write", full)
+    with pytest.raises(UserError, match="the audit log cannot be written"):
+        run(engine, listed(films, ["1.png"]), films / "more.jsonl", audit=log)
+    assert (films / "more.jsonl").read_bytes() == b""
+    log.close()
+
+
+def test_an_engine_that_fails_ends_the_list(scripted, films):
+    engine, model = scripted()
+    model.broken = True
+    source = listed(films, [f"{n}.png" for n in range(12)])
+    with pytest.raises(UserError, match=r"3 times in a row .* run the same command again"):
+        run(engine, source, films / "out.jsonl")
+    assert (films / "out.jsonl").read_bytes() == b""
+
+
 def test_one_process_writes_at_a_time(scripted, films):
     engine, _ = scripted()
     source = listed(films, ["0.png"])
@@ -123,7 +185,7 @@ scripted = importlib.util.module_from_spec(spec)
 sys.modules["scripted"] = scripted
 spec.loader.exec_module(scripted)
 from rad_jax.prompts import load_tokenizer
-from rad_jax.serving import batch
+from rad_jax.serving import audit, batch
 from rad_jax.serving.engine import Engine
 tokenizer, source, out = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)

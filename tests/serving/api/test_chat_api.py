@@ -6,6 +6,9 @@ import json
 import httpx2 as httpx
 import pytest
 
+from rad_jax.serving import films
+from rad_jax.serving.errors import ApiError
+
 openai = pytest.importorskip("openai")
 
 MODEL = "scripted"
@@ -142,3 +145,11 @@ def test_bodies_that_are_no_request(plain, body, kind):
 def test_unknown_paths_and_methods_have_the_same_shape(plain):
     for answer in (httpx.get(f"{plain.url}/v1/nothing"), httpx.get(f"{plain.url}/v1/findings")):
         assert answer.status_code in (404, 405) and answer.json()["error"]["message"]
+
+
+def test_base64_is_decoded_in_parts(monkeypatch):
+    monkeypatch.setattr(films, "BASE64", 8)
+    for size in range(20):
+        assert films.from_url(data_url(bytes(range(size)))) == bytes(range(size))
+    with pytest.raises(ApiError, match="base64 is damaged"):
+        films.from_url("data:image/png;base64,AAAAAAA=AAAA")

@@ -28,8 +28,27 @@ def test_mutated_films_never_break_the_server(plain):
     films = list(fuzz.mutants(fuzz.seeds(None), 150, seed=1))
     total = fuzz.send(plain.url, films, workers=4)
     assert sum(total.values()) == 150
-    assert {kind.split()[1] for kind in total} == {"200", "400"}, total
+    # Good and bad ones on every route; and nothing else.
+    assert set(total) == {f"{route} {status}" for route in ("film", "findings", "chat") for status in (200, 400)}, total
     assert httpx.get(f"{plain.url}/readyz").status_code == 200
+
+
+def test_growth_is_that_of_the_whole_family_after_warming_up():
+    fuzz, load = script("fuzz"), script("load")
+    assert fuzz.grown({1: 100, 2: 100}, {1: 104, 3: 116}, 1) == pytest.approx((0.04, 0.10))
+    assert load.growth([1, 50, 90, 100, 101, 100, 100, 99, 100]) == 0
+    assert load.growth([100.0] * 6 + [110.0] * 3) == pytest.approx(0.1)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "x = b'x' * (30 << 20); print(flush=True); input()"], stdin=-1, stdout=-1
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline()
+        found = fuzz.resident(os.getpid())
+        assert found[child.pid] > 30 << 20 and found[os.getpid()] > 0
+        assert load.anonymous(os.getpid()) > (found[os.getpid()] + (30 << 20)) / 2**20 * 0.9
+    finally:
+        child.kill()
+        child.communicate()
 
 
 @pytest.mark.slow
@@ -62,9 +81,11 @@ def test_many_clients_for_ten_seconds(serve, made, tmp_path):
         films.append(tmp_path / f"{number}.png")
         films[-1].write_bytes(made.png(made.grey(70 * number)))
     arguments = [served.url, str(os.getpid()), *map(str, films), "--clients=64", "--seconds=10", "--patience=60"]
+    # This process also holds the tests, and warms up for all of ten seconds.
+    arguments.append("--growth=0.2")
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "load.py"), *arguments], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'wrong': 0, 'failed': 0, 'hung': 0" in done.stdout
+    assert "'wrong': 0, 'failed': 0, 'hung': 0" in done.stdout and "after warming up" in done.stdout
     assert served.idle()

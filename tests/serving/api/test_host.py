@@ -1,8 +1,10 @@
 """What a host is given to run the server: the systemd unit and the image."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,12 +43,68 @@ def test_the_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path):
     assert exposure is not None and float(exposure[1]) < 2, judged.stdout + judged.stderr
 
 
-def test_the_image_is_made_of_the_lock_and_runs_as_an_ordinary_user():
-    image = (HOST / "Dockerfile").read_text(encoding="utf-8")
-    for names in re.findall(r"^COPY (?!--from)(.+) \S+$", image, re.MULTILINE):
-        assert all((ROOT / name).exists() for name in names.split())
-    assert "-r requirements-serve.txt" in image and "--no-deps ." in image
-    last = image.rpartition("FROM ")[2]
-    user = re.search(r"^USER (\d+)$", last, re.MULTILINE)
-    assert user is not None and int(user[1]) >= 1000 and f"--uid={user[1]}" in last
-    assert 'ENTRYPOINT ["/venv/bin/python", "-m", "rad_jax.serving", "/bundle"]' in last
+def instructions(text):
+    """The stages of a Dockerfile, each a list of (instruction, its arguments)."""
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    found = [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in lines if line.strip()]
+    stages: list[list[tuple[str, str]]] = []
+    for one in found:
+        if one[0] == "FROM":
+            stages.append([])
+        if stages:  # before the first there may be ARG
+            stages[-1].append(one)
+    return stages
+
+
+@pytest.fixture(scope="module")
+def image():
+    return instructions((HOST / "Dockerfile").read_text(encoding="utf-8"))
+
+
+def test_the_image_is_made_of_the_lock_and_runs_as_an_ordinary_user(image):
+    build, last = image
+    runs = [arguments for kind, arguments in build if kind == "RUN"]
+    assert len(runs) == 2 and "-r requirements-serve.txt" in runs[0] and runs[1].endswith(" --no-deps .")
+    lock = (ROOT / "requirements-serve.txt").read_text(encoding="utf-8")
+    pins = [line for line in lock.splitlines() if line and not line.startswith(("#", " ", "-"))]
+    assert len(pins) > 20 and all(re.match(r"[\w.\[\]-]+(==| @ )\S+", pin) for pin in pins)
+    kinds = [kind for kind, _ in last if kind != "ARG"]
+    assert kinds == [
+        "FROM",
+        "RUN",
+        "COPY",
+        "ENV",
+        "USER",
+        "STOPSIGNAL",
+        "ENTRYPOINT",
+    ]  # nothing is run, or copied, after USER
+    said = dict(last)
+    assert int(said["USER"]) >= 1000 and re.fullmatch(
+        rf"useradd --uid={said['USER']} --no-create-home --shell=/usr/sbin/nologin \w+", said["RUN"]
+    )
+    assert said["COPY"] == "--from=build /venv /venv" and said["STOPSIGNAL"] == "SIGTERM"
+    assert json.loads(said["ENTRYPOINT"]) == ["/venv/bin/python", "-m", "rad_jax.serving", "/bundle"]
+    assert said["FROM"] == build[0][1].removesuffix(" AS build")  # the environment is of this Python, and at this place
+
+
+def test_what_the_image_copies_is_all_that_its_package_is_built_of(image, tmp_path):
+    """The second RUN of the build, without its installer: what comes out holds the page and answers to the entry point."""
+    context, built = tmp_path / "build", tmp_path / "built"
+    context.mkdir()
+    for kind, arguments in image[0]:
+        if kind == "COPY":
+            *names, target = arguments.split()
+            for name in names:
+                assert (ROOT / name).exists(), name
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, context / target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / name, context / target)
+    make = [sys.executable, "setup.py", "-q", "build", f"--build-lib={built}", f"--build-temp={tmp_path / 'temp'}"]
+    done = subprocess.run(make, cwd=context, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (built / "rad_jax/serving/page.html").is_file()
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; runpy.run_module('rad_jax.serving', run_name='__main__', alter_sys=True)"
+    started = [sys.executable, "-I", "-c", code, str(built), "--help"]
+    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "BUNDLE" in done.stdout, done.stderr

@@ -7,6 +7,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 import tracemalloc
 import zlib
 from typing import Any
@@ -66,6 +67,31 @@ def test_a_body_that_dawdles_is_given_up(plain, monkeypatch):
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
         connection.settimeout(10)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_without_a_request_is_closed_and_one_that_waits_for_its_answer_is_not(serve, monkeypatch):
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    served = serve()
+    served.model.go.clear()
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30))
+    )
+    thread.start()
+    for head in (
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
+        b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /",
+    ):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(head)
+            connection.settimeout(10)
+            while data := connection.recv(1000):  # until the server hangs up
+                assert data.startswith(b"HTTP/1.1 200") or b"ok" in data
+    served.model.go.set()
+    thread.join(30)
+    assert answers[0].status_code == 200
 
 
 def test_uploads_stay_in_memory(plain, made, monkeypatch, tmp_path):
@@ -263,6 +289,54 @@ def test_a_request_that_takes_too_long(serve, stream):
     else:
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
     assert served.idle()
+
+
+@pytest.mark.parametrize("path", ["findings", "film"])
+def test_a_film_that_waits_too_long(serve, made, path):
+    served = serve(timeout=0.3)
+    done = threading.Event()
+    served.app.state.service.films.decode = served.app.state.service.films.preview = lambda *_: done.wait(30)
+    answer = httpx.post(f"{served.url}/v1/{path}", files={"file": made.png(made.grey())}, timeout=20)
+    done.set()
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert served.engine.stats()["requests_total"] == 0
+
+
+def test_the_time_of_a_request_begins_with_it(serve):
+    served = serve(timeout=0.3)
+    body = b'{"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}'
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode() + body[:9])
+        time.sleep(0.5)
+        connection.sendall(body[9:])
+        connection.settimeout(10)
+        assert connection.recv(100).startswith(b"HTTP/1.1 504")
+    assert served.engine.stats()["requests_total"] == 0
+
+
+def test_a_film_whose_client_has_gone_is_never_decoded(serve, made):
+    served = serve()
+    reader, done, begun = served.app.state.service.films, threading.Event(), []
+
+    def decode(data, _):
+        begun.append(data)
+        done.wait(30)
+        raise UserError("the film: given up.")
+
+    reader.decode = decode
+    url, files = f"{served.url}/v1/findings", {"file": made.png(made.grey())}
+    threads = [threading.Thread(target=httpx.post, args=(url,), kwargs={"files": files, "timeout": 30}) for _ in "12"]
+    for thread in threads:
+        thread.start()
+    assert made.until(lambda: len(begun) == 2)  # both processes are busy
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, files=files, timeout=httpx.Timeout(10, read=0.2))
+    assert made.until(lambda: reader._waiting == 2)
+    done.set()
+    for thread in threads:
+        thread.join(30)
+    assert httpx.post(url, files=files, timeout=30).status_code == 400 and len(begun) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
