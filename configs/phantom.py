@@ -64,7 +64,7 @@ def lm(full: bool) -> ml_collections.ConfigDict:
 
 def stage1(full: bool) -> ml_collections.ConfigDict:
     """Contrastive image and text towers."""
-    model = {"vision": VISION, "text": TEXT, "embed_dim": 128}
+    model = {"vision": VISION, "text": TEXT, "embed_dim": 128, "loss": "softmax"}
     data = {"template": "clip", "text_length": 56}
     steps = 800 if full else 260
     config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=64)
