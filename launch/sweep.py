@@ -121,7 +121,8 @@ class _Planner:
 
     def arm(self, arm: str, changes: Any, seed: int) -> tuple[str, Path]:
         """All steps of an arm with a seed; the name of the last one and the file it writes."""
-        sweep, runs, data = self._sweep, {}, changes.get("data", {})
+        sweep, data = self._sweep, changes.get("data", {})
+        runs: dict[str, Path] = {}
         for stage, usual, under, common, corpus in sweep.stages:
             own = seed if stage in sweep.seeded else sweep.seeds[0]
             bases = [self._base(base, runs) for base in changes.get("bases", {}).get(stage, under)]
@@ -234,10 +235,11 @@ class Runner:
         """A command's exit status; a training that is told to restart is."""
         status = distributed.RESTART
         while status == distributed.RESTART and not self.stops:
-            with subprocess.Popen(self.command(step), env=self._environment) as self._running:
+            with subprocess.Popen(self.command(step), env=self._environment) as process:
+                self._running = process
                 if self.stops:  # told so while it was begun
-                    self._running.terminate()
-                status = self._running.wait()
+                    process.terminate()
+                status = process.wait()
             self._running = None
         return status
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import common
 from configs.sweeps import paper
@@ -101,7 +101,8 @@ ARMS = dict(paper.get_config().arms)
 
 def write_weights(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of zeros that takes no room: its end is set, and nothing is written there."""
-    header, start = {}, 0
+    header: dict[str, Any] = {}
+    start = 0
     for name, shape in shapes.items():
         end = start + 2 * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
@@ -115,22 +116,24 @@ def write_weights(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 def published(folder: Path, name: str) -> str:
     """Makes `folder` as it is published, and says which format of launch.convert it has."""
     folder.mkdir()
+    config: dict[str, Any] = {}
+    preprocessor: dict[str, Any] = {}
     if name in LANGUAGE_MODELS:
-        config, preprocessor, format = LANGUAGE_MODELS[name], {}, "hf_llama"
+        format, config = "hf_llama", LANGUAGE_MODELS[name]
         table = hf_llama.table(foreign_configs.llama(config))
     elif name in OPEN_CLIP:
         trunk, size, patch = OPEN_CLIP[name]
-        text = {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract", "context_length": 256}
-        text |= {"hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler"}
+        text = {
+            "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+            "context_length": 256,
+            "hf_proj_type": "mlp",
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+        }
         vision = {"timm_model_name": trunk, "timm_pool": "", "timm_proj": "linear", "image_size": size}
-        towers = (
-            VitConfig(size, patch, 768, 12, 12, 3072, layer_scale=patch == 14),
-            BertConfig(30522, 768, 12, 12, 3072),
-        )
-        table, format = open_clip.table(ClipConfig(*towers, 512)), "open_clip"
+        tower = VitConfig(size, patch, 768, 12, 12, 3072, layer_scale=patch == 14)
+        format, table = "open_clip", open_clip.table(ClipConfig(tower, BertConfig(30522, 768, 12, 12, 3072), 512))
         model = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}}
         (folder / "open_clip_config.json").write_text(json.dumps(model))
-        config, preprocessor = {}, {}
     else:
         format, config, preprocessor = TOWERS[name]
         table = {
@@ -153,7 +156,7 @@ def unread(layer: int) -> np.ndarray:
 def lazy(shapes: dict[str, tuple[int, ...]], stacked: set[str]) -> dict[str, Any]:
     """A tree of arrays that cannot be read."""
     leaves = {path: LazyArray(shape, np.dtype("float16"), unread, path in stacked) for path, shape in shapes.items()}
-    return state.unflatten_dict(leaves, sep="/")
+    return unflatten_dict(leaves, sep="/")
 
 
 class Works:
