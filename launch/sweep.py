@@ -233,15 +233,15 @@ class Runner:
 
     def __call__(self, step: Step) -> int:
         """A command's exit status; a training that is told to restart is."""
-        status = distributed.RESTART
-        while status == distributed.RESTART and not self.stops:
+        while True:
             with subprocess.Popen(self.command(step), env=self._environment) as process:
                 self._running = process
                 if self.stops:  # told so while it was begun
                     process.terminate()
                 status = process.wait()
             self._running = None
-        return status
+            if status != distributed.RESTART or self.stops:
+                return status
 
 
 def execute(steps: Sequence[Step], done: Done, run: Runner, foretold: bool) -> dict[str, str]:
