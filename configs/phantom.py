@@ -6,8 +6,11 @@
         --base=out/demo/lm,out/demo/stage1
     python -m launch.train --config=configs/phantom.py:stage3 --data=out/demo/data --workdir=out/demo/stage3 --base=out/demo/stage2
 
-`make demo` runs these. `:stage1,full` and so on train longer.
+`make demo` runs these. `:stage1,full` and so on train longer. `:tuning` and `:projector` are stage 3 without adapters, for comparison: every
+weight of the language model learns, or none.
 """
+
+from typing import Any
 
 import ml_collections
 
@@ -31,9 +34,16 @@ LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "k", "v", "o
 
 
 def get_config(arg: str = "stage3") -> ml_collections.ConfigDict:
-    """The experiment that `arg` names: lm, stage1, stage2 or stage3, and ",full" for the long one."""
+    """The experiment that `arg` names: lm, stage1, stage2, stage3, tuning or projector, and ",full" for the long one."""
     name, _, variant = arg.partition(",")
-    stages = {"lm": lm, "stage1": stage1, "stage2": stage2, "stage3": stage3}
+    stages = {
+        "lm": lm,
+        "stage1": stage1,
+        "stage2": stage2,
+        "stage3": stage3,
+        "tuning": tuning,
+        "projector": projector,
+    }
     if name not in stages or variant not in ("", "full"):
         raise ValueError(
             f"configs/phantom.py:{arg} is unknown; choose {', '.join(stages)}, with ',full' for the long run"
@@ -54,7 +64,7 @@ def lm(full: bool) -> ml_collections.ConfigDict:
 
 def stage1(full: bool) -> ml_collections.ConfigDict:
     """Contrastive image and text towers."""
-    model = {"vision": VISION, "text": TEXT, "embed_dim": 128}
+    model = {"vision": VISION, "text": TEXT, "embed_dim": 128, "loss": "softmax"}
     data = {"template": "clip", "text_length": 56}
     steps = 800 if full else 260
     config = common.experiment("contrastive", model, (".*",), data, steps=steps, batch_size=64)
@@ -74,10 +84,27 @@ def stage2(full: bool) -> ml_collections.ConfigDict:
 
 def stage3(full: bool) -> ml_collections.ConfigDict:
     """Projector and LoRA."""
+    return _third(full, {"lora": LORA}, "lora/.*")
+
+
+def tuning(full: bool) -> ml_collections.ConfigDict:
+    """Stage 3 without adapters: projector and every weight of the language model."""
+    config = _third(full, {}, "params/llm/.*")
+    config.optimizer.peak_lr = 1e-3
+    return config
+
+
+def projector(full: bool) -> ml_collections.ConfigDict:
+    """Stage 3 without adapters: the projector alone."""
+    return _third(full, {})
+
+
+def _third(full: bool, parts: dict[str, Any], *trainable: str) -> ml_collections.ConfigDict:
+    """Stage 3 with more `parts` of the model, and what learns beside the projector."""
     data = {"template": "v1", "text_length": 112, "target_length": 56}
-    model = {"vision": FEATURES, "llm": LLM, "lora": LORA, "projector": "mlp2x_gelu"}
+    model = {"vision": FEATURES, "llm": LLM, **parts, "projector": "mlp2x_gelu"}
     steps = 3500 if full else 1250
-    trainable = ("params/projector/.*", "lora/.*")
-    config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=16)
+    learns = ("params/projector/.*", *trainable)
+    config = common.experiment("generative", model, learns, data, steps=steps, batch_size=16)
     config.optimizer.update(peak_lr=5e-3, clip=1.0)
     return config

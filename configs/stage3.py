@@ -3,9 +3,11 @@
     python -m launch.train --config=configs/stage3.py:a100-8 --data=CORPUS --workdir=RUN --base=STAGE_2
 
     python -m launch.train --config=configs/stage3.py:full,v5p-64 ...
+    python -m launch.train --config=configs/stage3.py:projector,v5e-64 ...
 
 CORPUS is that of stage 2, and --base the run of stage 2, which knows its own bases; the machine after the colon is one of
-configs/hardware.py. With "full" there are no adapters: every weight of the language model learns, for comparison.
+configs/hardware.py. For comparison there are two without adapters: with "full" every weight of the language model learns, with "projector"
+none does.
 
 "script" in a comment: the original repository's training script for this stage; "HF": a default of Hugging Face's Trainer it leaves alone.
 """
@@ -27,9 +29,13 @@ BATCH = 64  # script: 4 GPUs of 16 rows
 FULL_RATE = 2e-5  # LLaVA 1.5's script for fine-tuning without adapters
 
 
+# What learns beside the projector.
+VARIANTS = {"lora": ("lora/.*",), "full": ("params/llm/.*",), "projector": ()}
+
+
 def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
-    """The experiment on a machine of configs/hardware.py, with "full" or "full," before it that of full fine-tuning."""
-    variant, _, machine = arg.partition(",") if arg.split(",")[0] == "full" else ("lora", "", arg)
+    """The experiment on a machine of configs/hardware.py, with "full," or "projector," before it one without adapters."""
+    variant, _, machine = arg.partition(",") if arg.split(",")[0] in VARIANTS else ("lora", "", arg)
     data = {
         "template": "v1",  # script
         # Ours; the original cuts the words at 2,048 and pads to the longest of a batch. 296 words and 1,369 patches in place of one are a
@@ -42,19 +48,18 @@ def get_config(arg: str = "a100-8") -> ml_collections.ConfigDict:
         "mean_text_length": 134,  # of those reports; only the estimates of launch.compile ask for it
         "selection": "frontal",  # the original's films are AP and PA
     }
-    full = variant == "full"
     model = {
         "vision": stage2.FEATURES,
         "llm": stage2.LLM,
         "projector": "mlp2x_gelu",  # script
-        **({} if full else {"lora": LORA}),
+        **({"lora": LORA} if variant == "lora" else {}),
     }
     steps = -(-EPOCHS * stage2.FILMS // BATCH)  # 18,752
-    trainable = ("params/projector/.*", "params/llm/.*" if full else "lora/.*")
+    trainable = ("params/projector/.*", *VARIANTS[variant])
     config = common.experiment("generative", model, trainable, data, steps=steps, batch_size=BATCH)
     config.frozen_dtype = "bfloat16"  # script
     config.optimizer.update(
-        stage2.TRAINER, peak_lr=FULL_RATE if full else 1e-4
+        stage2.TRAINER, peak_lr=FULL_RATE if variant == "full" else 1e-4
     )  # 1e-4: script, projector and adapters alike
     config.seed = 42  # HF
     return hardware.on(machine or "a100-8", config)

@@ -20,6 +20,8 @@ from rad_jax import prompts
 from rad_jax.errors import UserError, check_format
 
 SHARDS = "shards.json"
+# Behind a selection's name: the same rows, asked without an indication. It needs no index of its own.
+WITHOUT = ".without_indication"
 # Bytes at the end of a shard that say where its records end; sizes of ArrayRecord files are rounded up to as many.
 _END = 64 << 10
 _AGAIN = "copy or pack the corpus again"
@@ -100,14 +102,15 @@ class Corpus:
         return prompts.load_tokenizer(self.path / self.meta["tokenizer"])
 
     def source(self, split: str, selection: str = "all") -> "Source | Mixture":
-        """Random access to the rows of a selection of a split.
+        """Random access to the rows of a selection of a split; with `WITHOUT` behind its name, no question has an indication.
 
         Raises:
             UserError: no such split or selection, no row in it, or an index that is damaged.
         """
         rows = self.rows(split, selection)
         if "members" in self.meta:
-            chosen = {int(n): self.meta["members"][n]["selection"] for n in np.unique(rows[:, 0])}
+            end = WITHOUT if selection.endswith(WITHOUT) else ""
+            chosen = {int(n): self.meta["members"][n]["selection"] + end for n in np.unique(rows[:, 0])}
             return Mixture({n: self._members[n].source(split, name) for n, name in chosen.items()}, rows)
         import tensorflow_datasets as tfds
 
@@ -115,7 +118,7 @@ class Corpus:
         return Source(
             records,
             rows,
-            self.meta["selections"][selection]["question"],
+            "without" if selection.endswith(WITHOUT) else self.meta["selections"][selection]["question"],
             f"{split} split of {self.path}",
             [shard.records for shard in self._lost if shard.split == split],
         )
@@ -136,13 +139,14 @@ class Corpus:
 
     def fingerprint(self, selection: str) -> str:
         """SHA-256 over the shards' and over the indices of a selection: equal where its rows are."""
-        known = json.dumps(self.meta["selections"][selection], sort_keys=True)
+        known = json.dumps(self.meta["selections"][selection.removesuffix(WITHOUT)], sort_keys=True)
+        known += WITHOUT if selection.endswith(WITHOUT) else ""
         return hashlib.sha256(f"{self.meta['fingerprint']} {known}".encode()).hexdigest()
 
     def rows(self, split: str, selection: str) -> np.ndarray:
         """Record and text numbers of a selection, int32 [n, 2]; of a mixture, numbers of members and of their rows."""
         self._check_split(split)
-        known = self.meta["selections"]
+        known, selection = self.meta["selections"], selection.removesuffix(WITHOUT)
         if selection not in known:
             raise UserError(f"{self.path}: no selection {selection!r}, there are {', '.join(known)}")
         expected, path = known[selection]["splits"][split], self.path / "index" / f"{selection}-{split}.npy"
@@ -330,4 +334,6 @@ def _question(kind: str, view: str, text: Mapping[str, Any]) -> str:
         return prompts.view_question(view)
     if kind == "stored":
         return text["prompt"] or ""
+    if kind == "without":
+        return prompts.question(None)
     return prompts.question(text["indication"])

@@ -32,6 +32,7 @@ SYSTEM = (
 )
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
+_ENDS = ("<|begin_of_text|>", "<|end_of_text|>")  # what Llama 3 has in place of <s> and </s>
 _BLANK = "\u2581"  # SentencePiece's visible blank
 
 
@@ -128,7 +129,9 @@ class _Json:
 def _load_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    return _Json(path, tokenizers.Tokenizer.from_file(str(path)), "<s>", "</s>", ("<pad>", "<unk>"))
+    pipeline = tokenizers.Tokenizer.from_file(str(path))
+    bos, eos = _ENDS if pipeline.token_to_id(_ENDS[0]) is not None else ("<s>", "</s>")
+    return _Json(path, pipeline, bos, eos, ("<pad>", "<unk>"))
 
 
 def _load_bert(path: Path) -> Tokenizer:

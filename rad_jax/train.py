@@ -279,13 +279,7 @@ def initial(
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     shapes, places = nn.unbox(boxed), sharding.variable_shardings(boxed, mesh)
     trains, stays = (flatten_dict(tree, sep="/") for tree in split(shapes, config.trainable))
-    where, given = flatten_dict(places, sep="/"), flatten_dict(select(base, shapes), sep="/")
-    missing = sorted(path for path in stays.keys() - given.keys() if not path.startswith("scales/"))
-    if missing:
-        raise UserError(
-            f"the config freezes {len(missing)} variables that no --base gives, {missing[0]} the first: "
-            "name the run (or runs, with commas) that trained them in --base."
-        )
+    where, given = flatten_dict(places, sep="/"), taken(base, shapes, stays)
     if any(leaf.dtype == jnp.int8 for leaf in trains.values()):
         raise UserError("config.frozen_dtype is int8 but the language model's layers learn: give bfloat16 or float32.")
     fresh = trains.keys() - given.keys()
@@ -305,6 +299,22 @@ def initial(
     trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
     frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
     return start(trainable, optimizer, config.seed, mesh), frozen
+
+
+def taken(base: Tree, shapes: Tree, stays: Tree) -> Tree:
+    """What of `base` a model with `shapes` begins with, by path.
+
+    Raises:
+        UserError: one of those that stay as they are is not in `base`, or one has another shape there.
+    """
+    given = flatten_dict(select(base, shapes), sep="/")
+    missing = sorted(path for path in stays.keys() - given.keys() if not path.startswith("scales/"))
+    if missing:
+        raise UserError(
+            f"the config freezes {len(missing)} variables that no --base gives, {missing[0]} the first: "
+            "name the run (or runs, with commas) that trained them in --base."
+        )
+    return given
 
 
 def abstract(

@@ -14,6 +14,7 @@ from rad_jax import optim, state, tasks
 
 EXPERIMENTS = [
     *(f"phantom:{stage}{variant}" for stage in ("lm", "stage1", "stage2", "stage3") for variant in ("", ",full")),
+    *("phantom:tuning", "phantom:projector"),
     *(
         "stage1",
         "stage1:biomedclip,v5e-64",
@@ -23,6 +24,7 @@ EXPERIMENTS = [
         "stage3:v5e-256",
         "stage3:v5p-8",
         "stage3:full,v5p-64",
+        "stage3:projector,v5e-64",
     ),
 ]
 
@@ -126,6 +128,22 @@ def test_full_fine_tuning():
     assert {path.split("/")[1] for path in flatten_dict(trainable, sep="/")} == {"llm", "projector"}
     assert set(frozen["params"]) == {"vision"} and set(frozen) == {"params"}
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable["params"]["llm"])) == 6_738_415_616  # Llama 2 7B
+
+
+def test_projector_alone_in_stage_3():
+    """On the words and for the steps of stage 3; nothing of the language model, and no adapters."""
+    config, usual = stage3.get_config("projector,v5e-64"), stage3.get_config("v5e-64")
+    trainable, frozen = state.split(shapes(config), config.trainable)
+    assert set(trainable["params"]) == {"projector"} and set(frozen) == {"params"}
+    assert (config.data, config.optimizer, config.steps) == (usual.data, usual.optimizer, usual.steps)
+
+
+@pytest.mark.parametrize(("name", "learns"), [("tuning", {"llm", "projector"}), ("projector", {"projector"})])
+def test_phantom_without_adapters(name, learns):
+    config, usual = load(f"phantom:{name}"), load("phantom:stage3")
+    trainable, frozen = state.split(shapes(config), config.trainable)
+    assert set(trainable["params"]) == learns and set(trainable) | set(frozen) == {"params"}
+    assert (config.data, config.steps, config.batch_size) == (usual.data, usual.steps, usual.batch_size)
 
 
 def test_unknown_machine():

@@ -404,6 +404,20 @@ def test_a_selection_says_what_is_asked(corpus):
     assert "from Unknown view" in prompts.view_question("")
 
 
+def test_the_same_rows_without_indication(corpus):
+    """Whatever the selection asks, and as data of its own."""
+    plain = prompts.question(None)
+    for selection in ("all", "both", "views"):
+        usual, without = (corpus.source("train", selection + end) for end in ("", ".without_indication"))
+        assert [without[n]["id"] for n in range(len(without))] == [usual[n]["id"] for n in range(len(usual))]
+        assert {without[n]["question"] for n in range(len(without))} == {plain}
+        assert usual[1]["question"] != plain
+    rows, other = (corpus.identity("train", name) for name in ("all", "all.without_indication"))
+    assert rows["rows"] == other["rows"] and rows["fingerprint"] != other["fingerprint"]
+    with pytest.raises(UserError, match="no selection 'none'"):
+        corpus.source("train", "none.without_indication")
+
+
 def test_the_training_set_is_known_by_length_and_hash(corpus):
     frontal, both = corpus.identity("train", "frontal"), corpus.identity("train", "both")
     assert (frontal["rows"], both["rows"]) == (18, 22)

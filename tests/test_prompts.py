@@ -193,6 +193,20 @@ def test_bert_equals_transformers():
     assert not {101, 102} & set(ours.encode("[CLS] [SEP]"))
 
 
+def test_llama_3_begins_and_ends_a_text_in_its_own_words(trained, tmp_path):
+    """Its tokenizer.json has neither <s> nor </s>, and nothing to pad with: the end pads."""
+    names = {"<s>": "<|begin_of_text|>", "</s>": "<|end_of_text|>", "<pad>": "<|pad|>", "<unk>": "<|unk|>"}
+    text = trained.path.read_text(encoding="utf-8")
+    for ours, theirs in names.items():
+        text = text.replace(json.dumps(ours), json.dumps(theirs))
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    found = prompts.load_tokenizer(tmp_path / "tokenizer.json")
+    assert (found.bos_id, found.eos_id, found.pad_id) == (trained.bos_id, trained.eos_id, trained.eos_id)
+    assert found.vocab_size == trained.vocab_size
+    question = prompts.question("Cough.")
+    assert prompts.render_v1(found, question, "Clear.") == prompts.render_v1(trained, question, "Clear.")
+
+
 def test_bad_tokenizers_end_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="at least 512"):
         prompts.train_tokenizer(ROWS, 300, tmp_path / "tokenizer.json")

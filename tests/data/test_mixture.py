@@ -16,6 +16,7 @@ from PIL import Image
 from configs import mixture as recipe
 from data import mixture
 from data.packing import Arguments, pack
+from rad_jax import prompts
 from rad_jax.corpus import Corpus, Mixture
 from rad_jax.errors import UserError
 from rad_jax.input_pipeline import train_iterator
@@ -75,6 +76,8 @@ def test_every_row_once_but_what_is_held_out_elsewhere(corpora, tmp_path):
     assert (ids(corpus, "validation"), ids(corpus, "test")) == (["two-5"], ["one-10"])
     row = corpus.source("validation")[0]
     assert row["findings"] == "two 5." and row["question"].startswith("Provide a description")
+    unasked = corpus.source("train", "all.without_indication")
+    assert {unasked[number]["question"] for number in range(10)} == {prompts.question(None)}
     again, packed = mixture.pack(members(), corpora, tmp_path / "mix")
     assert not packed and again == manifest
 
