@@ -190,7 +190,7 @@ def test_the_command(corpora, tmp_path):
         in told
     )
     assert told.endswith(f"with 16 of the image a row of {settings.row}, keeps 100 % whole")
-    assert "Lengths of rows of frontal, and what to set" in page and "Text tokens of a row, v1" in html
+    assert "Lengths of rows of frontal, and what to set" in page and "Text tokens of a row, v1" in page
     assert (
         f"<td>{middle}</td><td>{most}</td><td>{most}</td><td>{most}</td><td>{most}</td><td>{settings.text_length}</td>"
         in page
