@@ -1,7 +1,7 @@
 """Real fleets: makes machines, runs a command on all of them, starts it again when they were taken away, and deletes them.
 
     python -m launch.pod babysit --where=queued --machine=v5e-64 --name=rad --zone=ZONE --spot --bucket=BUCKET --dry_run \\
-        -- launch.train --config=configs/stage3.py:v5e-64 --data=/mnt/rad/corpus --base=/mnt/rad/stage2 --workdir=/mnt/rad/stage3
+        -- launch.train --config=configs/stage3.py:v5e-64 --data=/mnt/rad/corpus --base=/mnt/rad/runs/stage2 --workdir=/mnt/rad/runs/stage3
     python -m launch.pod run --where=gke --machine=v5e-256x2 --name=rad --image=IMAGE --bucket=BUCKET -- launch.train ...
     python -m launch.pod render --where=slurm --machine=h100-8x4 --name=rad -- launch.train ...
 
@@ -9,13 +9,13 @@ places
   tpu-vm   a TPU VM slice, at once or not at all (gcloud)
   queued   the same by a queued resource, when there is room (gcloud)
   gke      a JobSet on a cluster that kubectl reaches, one slice or several ("v5e-256x2")
-  xpk      the same by xpk, which makes the JobSet
+  xpk      the same by xpk, which makes the JobSet, on --cluster
   slurm    GPUs, a process each ("h100-8x4": four nodes)
 
 actions
-  create, setup, run, delete   one after another; gke, xpk and slurm know run and delete
+  create, setup, run, delete   one after another; gke and slurm know run and delete, xpk setup too, which attaches the bucket, once
   babysit  create, setup and run; again when the machines were taken away or the command ended with 42; until it ends with 0, or with 2,
-           which is for people to mend
+           which is for people to mend; --creates in a row without machines end it too
   render   prints the file that gke or slurm is given
 
 --dry_run prints every command and runs none. Every process gets --multihost. --bucket is mounted at --mount, where all processes see
@@ -41,6 +41,7 @@ from rad_jax.errors import UserError
 PODS = Path(__file__).parent / "pods"
 PLACES = ("tpu-vm", "queued", "gke", "xpk", "slurm")
 GIVE_UP, _SOON_SECONDS = 5, 300.0
+_LONGEST_WAIT = 600.0  # between two creates
 ACTIONS = ("create", "setup", "run", "babysit", "delete", "render")
 
 
@@ -120,6 +121,7 @@ class Job:
     mount: str
     image: str
     account: str
+    cluster: str
     python: str
 
     def processes(self) -> list[str]:
@@ -143,7 +145,7 @@ def plan(action: str, job: Job) -> Commands:
         "tpu-vm": {"create": create_vm, "setup": setup_vm, "run": run_vm, "delete": delete_vm},
         "queued": {"create": create_queued, "setup": setup_vm, "run": run_vm, "delete": delete_queued},
         "gke": {"run": run_gke, "delete": lambda job: [["kubectl", "delete", "jobset", job.name]]},
-        "xpk": {"run": run_xpk, "delete": delete_xpk},
+        "xpk": {"setup": setup_xpk, "run": run_xpk, "delete": delete_xpk},
         "slurm": {"run": run_slurm, "delete": lambda job: [["scancel", f"--name={job.name}"]]},
     }
     known = plans[job.where]
@@ -180,12 +182,8 @@ def create_queued(job: Job) -> Commands:
 def setup_vm(job: Job) -> Commands:
     """The checkout as git holds it, its locked packages, and the bucket, on every host."""
     archive = f"/tmp/{job.name}.tar.gz"
-    steps = ["mkdir -p rad", "tar -xzf rad.tar.gz -C rad", "cd rad", "python3.11 -m venv .venv"]
-    steps.append("grep '^libtpu==' requirements-dev.txt > tpu.txt")
-    steps.append(".venv/bin/pip install --quiet --use-pep517 -r requirements.txt -r tpu.txt")
-    if job.bucket:
-        mounted = f"(mountpoint -q {job.mount} || gcsfuse --implicit-dirs {job.bucket} {job.mount})"
-        steps += [f"sudo mkdir -p {job.mount}", f'sudo chown "$USER" {job.mount}', mounted]
+    setup = ["bash", "rad/launch/pods/setup.sh", *([job.bucket, job.mount] if job.bucket else [])]
+    steps = ["mkdir -p rad", "tar -xzf rad.tar.gz -C rad", shlex.join(setup)]
     return [
         ["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"],
         _gcloud(job, "compute", "tpus", "tpu-vm", "scp", archive, f"{job.name}:rad.tar.gz", "--worker=all"),
@@ -195,7 +193,15 @@ def setup_vm(job: Job) -> Commands:
 
 def run_vm(job: Job) -> Commands:
     cache = [f"CACHE={job.mount}/compiled"] if job.bucket else []
-    words = ["NOTICE=gce", "PYTHON=.venv/bin/python", *cache, "bash", "launch/pods/run.sh", *job.processes()]
+    words = [
+        "NOTICE=gce",
+        "PYTHON=.venv/bin/python",
+        "PIDFILE=run.pid",
+        *cache,
+        "bash",
+        "launch/pods/run.sh",
+        *job.processes(),
+    ]
     return [_ssh(job, f"cd rad && {shlex.join(words)}")]
 
 
@@ -215,23 +221,30 @@ def run_gke(job: Job) -> Commands:
     return [["kubectl", "apply", f"--filename={written(job, 'jobset.yaml', jobset(job))}"]]
 
 
+def _xpk(job: Job, *words: str) -> list[str]:
+    _needs(job, "cluster")
+    where = {"cluster": job.cluster, "zone": job.zone, "project": job.project}
+    return ["xpk", *words, *(f"--{name}={value}" for name, value in where.items() if value)]
+
+
+def setup_xpk(job: Job) -> Commands:
+    """Attaches the bucket to the cluster: every workload from then on has it mounted."""
+    _needs(job, "bucket")
+    how = (f"--mount-point={job.mount}", "--auto-mount=true", "--readonly=false", "--size=1")
+    return [_xpk(job, "storage", "attach", f"{job.name}-bucket", "--type=gcsfuse", f"--bucket={job.bucket}", *how)]
+
+
 def run_xpk(job: Job) -> Commands:
     """xpk restarts on 42 and on statuses from 127 by itself, so often as it is told to."""
     command = shlex.join([f"CACHE={job.mount}/compiled", "bash", "launch/pods/run.sh", *job.processes()])
-    _needs(job, "image")
-    return [
-        [
-            *("xpk", "workload", "create", f"--workload={job.name}", f"--tpu-type={job.machine.accelerator}"),
-            *(f"--num-slices={job.machine.slices}", f"--docker-image={job.image}", "--max-restarts=1000"),
-            *([f"--zone={job.zone}"] if job.zone else []),
-            *([f"--project={job.project}"] if job.project else []),
-            f"--command={command}",
-        ]
-    ]
+    _needs(job, "image", "bucket")
+    what = (f"--workload={job.name}", f"--tpu-type={job.machine.accelerator}", f"--num-slices={job.machine.slices}")
+    how = (f"--docker-image={job.image}", "--max-restarts=1000", *(["--spot"] if job.spot else []))
+    return [_xpk(job, "workload", "create", *what, *how, f"--command={command}")]
 
 
 def delete_xpk(job: Job) -> Commands:
-    return [["xpk", "workload", "delete", f"--workload={job.name}", *([f"--zone={job.zone}"] if job.zone else [])]]
+    return [_xpk(job, "workload", "delete", f"--workload={job.name}", "--force")]
 
 
 def run_slurm(job: Job) -> Commands:
@@ -312,21 +325,20 @@ def execute(commands: Commands, dry: bool) -> int:
     return 0
 
 
-def babysit(job: Job, dry: bool, wait: float, run: Callable[[Commands, bool], int] = execute) -> int:
+def babysit(
+    job: Job, dry: bool, wait: float, creates: int = 100, run: Callable[[Commands, bool], int] = execute
+) -> int:
     """Create, setup, run; all over again unless the command ends with 0 or 2. Machines that were taken away are deleted first.
 
-    gcloud may not pass a status on from several hosts: after `GIVE_UP` runs in a row that ended soon it gives up too.
+    gcloud may not pass a status on from several hosts: after `GIVE_UP` runs in a row that ended soon it gives up too, and after
+    so many `creates` in a row that gave no machines.
     """
     if job.where not in ("tpu-vm", "queued"):
         raise UserError(f"--where={job.where} starts jobs again by itself: use run.")
     soon = 0
     while True:
-        if run([describe(job)], dry) or dry:
-            run(plan("delete", job), dry)  # what a machine that was taken away leaves behind
-            while run(plan("create", job), dry):
-                time.sleep(wait)
-        while run([describe(job)], dry):  # a queued one comes when there is room
-            time.sleep(wait)
+        if status := machines(job, dry, wait, creates, run):
+            return status
         status, began = run(plan("setup", job), dry), time.monotonic()
         status = status or run(plan("run", job), dry)
         soon = soon + 1 if time.monotonic() - began < _SOON_SECONDS else 0
@@ -336,10 +348,45 @@ def babysit(job: Job, dry: bool, wait: float, run: Callable[[Commands, bool], in
         time.sleep(wait)
 
 
+def machines(job: Job, dry: bool, wait: float, creates: int, run: Callable[[Commands, bool], int]) -> int:
+    """Returns 0 when the machines are there, made anew where they are not, or the last status of so many `creates` that failed."""
+    if not run([describe(job)], dry) and not dry:
+        return 0
+    for number in range(creates):
+        if number:  # there may be no room for hours
+            time.sleep(min(wait * 2 ** min(number - 1, 20), _LONGEST_WAIT))
+        run(plan("delete", job), dry)  # what a machine that was taken away, or a request that failed, leaves behind
+        status = run(plan("create", job), dry)
+        if status:
+            continue
+        while run([describe(job)], dry):  # a queued one comes when there is room
+            if not run([lost(job)], dry):
+                status = 1
+                break
+            time.sleep(wait)
+        if not status:
+            return 0
+    print(f"error: {creates} creates in a row gave no machines: see what they said.", file=sys.stderr, flush=True)
+    return status
+
+
 def describe(job: Job) -> list[str]:
     """A command that succeeds when the machine is there and ready."""
     command = _gcloud(job, "compute", "tpus", "tpu-vm", "describe", job.name, "--format=value(state)")
     return ["bash", "-c", f'[[ "$({shlex.join(command)})" == READY ]]']
+
+
+def lost(job: Job) -> list[str]:
+    """A command that succeeds when what was created will never be ready: the queued request has ended, or the machine was taken away."""
+    if job.where == "queued":
+        command = _gcloud(
+            job, "compute", "tpus", "queued-resources", "describe", job.name, "--format=value(state.state)"
+        )
+        ended = "FAILED|SUSPENDING|SUSPENDED"
+    else:
+        command = _gcloud(job, "compute", "tpus", "tpu-vm", "describe", job.name, "--format=value(state)")
+        ended = "PREEMPTED|TERMINATED|STOPPED"
+    return ["bash", "-c", f'[[ "$({shlex.join(command)})" =~ ^({ended})$ ]]']
 
 
 def main(argv: Sequence[str]) -> int:
@@ -353,14 +400,14 @@ def main(argv: Sequence[str]) -> int:
         command=tuple(argv[2:]),
         **{
             name: getattr(options, name)
-            for name in ("zone", "project", "spot", "bucket", "mount", "image", "account", "python")
+            for name in ("zone", "project", "spot", "bucket", "mount", "image", "account", "cluster", "python")
         },
     )
     if argv[1] == "render":
         print({"gke": jobset, "slurm": sbatch}.get(options.where, _no_file)(job), end="")
         return 0
     if argv[1] == "babysit":
-        return babysit(job, options.dry_run, options.wait)
+        return babysit(job, options.dry_run, options.wait, options.creates)
     return execute(plan(argv[1], job), options.dry_run)
 
 
@@ -379,8 +426,10 @@ def define_flags() -> None:
     flags.DEFINE_string("mount", "/mnt/rad", "Where all machines see the same files.")
     flags.DEFINE_string("image", "", "Container image, of launch/pods/Dockerfile.tpu; for gke and xpk.")
     flags.DEFINE_string("account", "default", "Kubernetes service account that may use the bucket.")
+    flags.DEFINE_string("cluster", "", "Of xpk.")
     flags.DEFINE_string("python", ".venv/bin/python", "For slurm.")
     flags.DEFINE_float("wait", 30.0, "Seconds between two tries of babysit.", lower_bound=0)
+    flags.DEFINE_integer("creates", 100, "In a row, without machines, after which babysit ends.", lower_bound=1)
     flags.DEFINE_boolean("dry_run", False, "Print every command, run none.")
 
 

@@ -9,6 +9,7 @@ start, machines' absence included.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,12 @@ def page(found: Any, price: float | None) -> str:
     if price is not None:
         cost += f"; {price * found.chip_hours:.2f} so far, {price * (found.chip_hours + hours):.2f} in the end"
     lines.append(f"cost        {cost}")
-    notes = {"skipped steps": row["skipped"], "recompiles": row["recompiles"], "rows without weight": row["bad_rows"]}
+    notes = {
+        "skipped steps": row["skipped"],
+        "loss spikes": row.get("spikes", 0),
+        "recompiles": row["recompiles"],
+        "rows without weight": row["bad_rows"],
+    }
     lines.append("noted       " + ", ".join(f"{value} {name}" for name, value in notes.items()))
     return "\n".join(lines)
 
@@ -108,13 +114,15 @@ def _state(found: Any) -> str:
 
 
 def spark(values: Sequence[float]) -> str:
-    """A curve in one line of at most `_WIDTH` characters; each is the mean of what falls into it."""
+    """A curve in one line of at most `_WIDTH` characters; each is the mean of the numbers that fall into it, "×" where there are none."""
     width = min(_WIDTH, len(values))
     cuts = [round(place * len(values) / width) for place in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
-    low, high = min(means), max(means)
+    parts = [[value for value in values[a:b] if math.isfinite(value)] for a, b in itertools.pairwise(cuts)]
+    means = [sum(part) / len(part) if part else math.nan for part in parts]
+    known = [value for value in means if math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] for value in means).ljust(width)
+    return "".join(_BARS[round((v - low) * scale)] if math.isfinite(v) else "×" for v in means).ljust(width)
 
 
 def _span(seconds: float) -> str:

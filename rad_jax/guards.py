@@ -174,21 +174,42 @@ class BadRows:
 
 
 class Spikes:
-    """Says when a loss stands out from those before it."""
+    """Losses that stand out from those before them. Listed in WORKDIR/spikes.jsonl.
 
-    def __init__(self) -> None:
+    Args:
+        names: gives the ids of records by their row numbers.
+        before: steps of the run done before; those listed up to there still count.
+    """
+
+    def __init__(self, workdir: Path, names: Callable[[Sequence[int]], list[str]], before: int = 0):
+        self._file, self._names = workdir / "spikes.jsonl", names
         self._seen: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
+        self._steps = {row["step"] for row in metrics.lines(self._file) if row["step"] <= before}
 
-    def see(self, step: int, loss: float) -> bool:
-        """Whether it is a spike, which is said: over the median by `_SPIKE` times the median distance from it."""
+    @property
+    def total(self) -> int:
+        """Spikes of the run."""
+        return len(self._steps)
+
+    def see(self, step: int, loss: float, rows: Callable[[], Any]) -> bool:
+        """Whether it is a spike, which is said: over the median by `_SPIKE` times the median distance from it.
+
+        `rows` gives the global batch's row numbers, and is asked on every process: all have seen the same losses.
+        """
         found = False
         if len(self._seen) >= _SPIKE_LEAST:
             middle = statistics.median(self._seen)
             usual = statistics.median(abs(value - middle) for value in self._seen)
             found = loss > middle + _SPIKE * max(usual, 1e-3 * abs(middle))
         if found:
+            self._steps.add(step)
+            numbers = [int(number) for number in rows()]
+            if distributed.first():
+                record = {"step": step, "loss": loss, "median": middle, "rows": numbers}
+                metrics.append(self._file, {**record, "ids": self._names(numbers)})
             say(
-                f"the loss jumps to {loss:.4f} at step {step}; the median of the last {len(self._seen)} is {middle:.4f}."
+                f"the loss jumps to {loss:.4f} at step {step}; the median of the last {len(self._seen)} is {middle:.4f}; "
+                f"its records are in {self._file}."
             )
         self._seen.append(loss)
         return found

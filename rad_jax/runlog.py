@@ -33,7 +33,7 @@ class RunLog:
 
     Args:
         config: the experiment; model: its shapes.
-        workdir: where metrics.jsonl and skipped.jsonl go.
+        workdir: where metrics.jsonl, skipped.jsonl and spikes.jsonl go.
         first: steps done before; updates: how many of them changed the weights.
         phases: of this process's time.
         names: ids of records by their row numbers.
@@ -62,7 +62,7 @@ class RunLog:
         self._utilisation = telemetry.Utilisation(config, model, device.device_kind, jax.device_count())
         self._skips, self._spikes, self._slow = (
             guards.Skips(workdir, names, first - updates),
-            guards.Spikes(),
+            guards.Spikes(workdir, names, first),
             guards.SlowData(),
         )
         self._bad = guards.BadRows(workdir, names, bad_rows)
@@ -110,11 +110,10 @@ class RunLog:
                 step, int(counted["rows"]), int(counted["bad_rows"]), functools.partial(_weightless, rows, weights)
             )
             skipped = bool(values.pop("skipped"))
-            self._skips.see(
-                step, values["loss"], values["grad_norm"], skipped, functools.partial(sharding.gather, rows)
-            )
+            which = functools.partial(sharding.gather, rows)
+            self._skips.see(step, values["loss"], values["grad_norm"], skipped, which)
             if not skipped:
-                self._spikes.see(step, values["loss"])
+                self._spikes.see(step, values["loss"], which)
         self._slow.see(timed["data_wait_s"] / max(timed["step_time_s"], 1e-9))
         last = span.steps[-1]
         learned = {
@@ -122,6 +121,7 @@ class RunLog:
             "lr": float(self._rates[last - 1 - self._skips.total]),
             **found[-1],
             "skipped": self._skips.total,
+            "spikes": self._spikes.total,
         }
         self._write(learned | timed | self._counted(counts, timed["step_time_s"] * len(span.steps)))
 

@@ -101,12 +101,19 @@ def test_bad_rows_are_listed_once_and_too_many_end_a_run(tmp_path):
     assert again.total == 4
 
 
-def test_spikes_are_said_and_usual_noise_is_not(capsys):
-    spikes = guards.Spikes()
+def test_spikes_are_said_and_listed_and_usual_noise_is_not(tmp_path, capsys):
+    def names(rows):
+        return [f"film{row}" for row in rows]
+
+    spikes = guards.Spikes(tmp_path, names)
     losses = [2.0 + 0.05 * ((7 * step) % 11 - 5) for step in range(60)]
-    assert not any(spikes.see(step, loss) for step, loss in enumerate(losses))
-    assert spikes.see(61, 9.0)
+    assert not any(spikes.see(step, loss, lambda: pytest.fail("asked")) for step, loss in enumerate(losses))
+    assert spikes.see(61, 9.0, lambda: [7, 8])
     assert "the loss jumps to 9.0000 at step 61; the median of the last 60 is 2.0000" in capsys.readouterr().err
+    (row,) = metrics.lines(tmp_path / "spikes.jsonl")
+    assert row == {"step": 61, "loss": 9.0, "median": 2.0, "rows": [7, 8], "ids": ["film7", "film8"]}
+    # Started again from step 70 it still counts; from step 50, step 61 is still to come.
+    assert [guards.Spikes(tmp_path, names, before).total for before in (70, 50)] == [1, 0]
 
 
 def test_slow_data_is_said_once_each_time(capsys):

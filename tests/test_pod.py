@@ -1,8 +1,10 @@
 """Fleets: what is rendered fits configs/hardware.py and passes linters, and a dry run prints every command."""
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def job(where="gke", machine="v5e-64", command=COMMAND, **changes):
         "mount": "/mnt/rad",
         "image": "IMAGE",
     }
-    given |= {"account": "default", "python": ".venv/bin/python", **changes}
+    given |= {"account": "default", "cluster": "CLUSTER", "python": ".venv/bin/python", **changes}
     return pod.Job(where, "rad", pod.Machine.find(machine), tuple(command), **given)
 
 
@@ -36,7 +38,7 @@ def linter(name):
     """A linter beside this Python, or on the path."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.fail(f"{name} is not installed, but requirements-dev.txt has it")
     return found
 
 
@@ -86,7 +88,7 @@ def test_jobset_is_clean_yaml(tmp_path, spot):
 def test_scripts_are_clean_shell(tmp_path):
     batch = tmp_path / "job.sbatch"
     batch.write_text(pod.sbatch(job("slurm", "h100-8x4")))
-    for file in (ROOT / "launch/pods/run.sh", batch):
+    for file in (ROOT / "launch/pods/run.sh", ROOT / "launch/pods/setup.sh", batch):
         done = subprocess.run([linter("shellcheck"), str(file)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
@@ -103,7 +105,7 @@ def test_batch_script_has_a_process_per_gpu(machine, nodes):
 @pytest.mark.parametrize("where", ["tpu-vm", "queued"])
 def test_babysit_makes_machines_again_until_the_command_is_done(where):
     """Taken away in the first run (status 255), told to restart in the second, done in the third."""
-    statuses = {"run": [255, 42, 0], "describe": [1, 0, 1, 0, 0, 0]}
+    statuses = {"run": [255, 42, 0], "describe": [1, 0, 1, 0, 0]}
     said = []
 
     def run(commands, dry):
@@ -120,7 +122,58 @@ def test_babysit_makes_machines_again_until_the_command_is_done(where):
 
     assert pod.babysit(job(where), dry=False, wait=0, run=run) == 0
     made = ["READY", "delete", "create", "READY", "scp", "run.sh"]
-    assert said == [*made, *made, "READY", "READY", "scp", "run.sh"]
+    assert said == [*made, *made, "READY", "scp", "run.sh"]
+
+
+class Fleet:
+    """A fleet that answers by a script: statuses of creates, of describes (0: ready) and of questions whether it is lost (0: it is)."""
+
+    def __init__(self, creates, ready, lost=()):
+        self._left = {"create": list(creates), "READY": list(ready), "=~": list(lost)}
+        self.said: list[str] = []
+
+    def __call__(self, commands, dry):
+        text = " ".join(commands[-1])
+        kind = next(word for word in ("run.sh", "=~", "READY", "delete", "create", "setup.sh") if word in text)
+        self.said.append(kind)
+        return self._left[kind].pop(0) if kind in self._left else 0
+
+
+def test_babysit_asks_again_for_a_request_that_failed(monkeypatch):
+    """Queued, waits, is suspended: deleted and made again, and comes."""
+    monkeypatch.setattr(pod.time, "sleep", lambda _: None)
+    fleet = Fleet(creates=[0, 0], ready=[1, 1, 1, 1, 0], lost=[1, 0, 1])
+    assert pod.babysit(job("queued"), dry=False, wait=0, run=fleet) == 0
+    first = ["READY", "delete", "create", "READY", "=~", "READY", "=~"]
+    assert fleet.said == [*first, "delete", "create", "READY", "=~", "READY", "setup.sh", "run.sh"]
+
+
+@pytest.mark.parametrize(
+    ("where", "state", "gone"),
+    [
+        *(("queued", state, True) for state in ("FAILED", "SUSPENDED", "SUSPENDING")),
+        *(("queued", state, False) for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "")),
+        *(("tpu-vm", "PREEMPTED", True), ("tpu-vm", "CREATING", False), ("tpu-vm", "READY", False)),
+    ],
+)
+def test_what_will_never_be_ready(tmp_path, where, state, gone):
+    """As gcloud tells it, played by a script."""
+    executable(tmp_path / "gcloud", f'echo "$*" > {tmp_path}/asked\n[[ -n "{state}" ]] && echo "{state}"')
+    done = subprocess.run(pod.lost(job(where)), env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (done.returncode == 0) == gone
+    kind = {"queued": "queued-resources describe rad --format=value(state.state)", "tpu-vm": "tpu-vm describe rad"}
+    assert kind[where] in (tmp_path / "asked").read_text()
+
+
+def test_creates_that_always_fail_end(monkeypatch, capsys):
+    """With waits that grow: there may be no room for a while."""
+    waits: list[float] = []
+    monkeypatch.setattr(pod.time, "sleep", waits.append)
+    fleet = Fleet(creates=[7] * 8, ready=[1])
+    assert pod.babysit(job("tpu-vm"), dry=False, wait=30, creates=8, run=fleet) == 7
+    assert waits == [30, 60, 120, 240, 480, 600, 600]
+    assert fleet.said == ["READY", *["delete", "create"] * 8]
+    assert "error: 8 creates in a row gave no machines" in capsys.readouterr().err
 
 
 def test_babysit_leaves_mistakes_to_people_and_gives_up():
@@ -150,7 +203,33 @@ def test_babysit_leaves_mistakes_to_people_and_gives_up():
             "xpk",
             "v5e-256x2",
             "run",
-            ["--tpu-type=v5litepod-256", "--num-slices=2", "--docker-image=IMAGE", "--multihost"],
+            [
+                "--tpu-type=v5litepod-256",
+                "--num-slices=2",
+                "--docker-image=IMAGE",
+                "--multihost",
+                "--cluster=CLUSTER",
+                "--spot",
+            ],
+        ),
+        (
+            "xpk",
+            "v5e-256x2",
+            "setup",
+            [
+                "xpk storage attach rad-bucket",
+                "--bucket=BUCKET",
+                "--mount-point=/mnt/rad",
+                "--cluster=CLUSTER",
+                "--readonly=false",
+            ],
+        ),
+        ("xpk", "v5e-256x2", "delete", ["xpk workload delete", "--workload=rad", "--cluster=CLUSTER", "--force"]),
+        (
+            "tpu-vm",
+            "v5e-64",
+            "setup",
+            ["git archive", "rad.tar.gz --worker=all", "bash rad/launch/pods/setup.sh BUCKET /mnt/rad"],
         ),
         ("slurm", "h100-8", "delete", ["scancel --name=rad"]),
     ],
@@ -164,7 +243,7 @@ def test_dry_run_prints_and_runs_nothing(capsys, monkeypatch):
     monkeypatch.setattr(pod.subprocess, "run", lambda *a, **k: pytest.fail("it ran"))
     assert pod.babysit(job("queued"), dry=True, wait=0) == 0
     lines = capsys.readouterr().out.splitlines()
-    wanted = ["READY", "delete", "create", "READY", "git archive", " scp ", "pip install", "run.sh"]
+    wanted = ["READY", "delete", "create", "READY", "git archive", " scp ", "setup.sh BUCKET", "run.sh"]
     assert all(word in line for word, line in zip(wanted, lines, strict=True)), lines
 
 
@@ -178,6 +257,8 @@ def test_dry_run_prints_and_runs_nothing(capsys, monkeypatch):
         (lambda: pod.plan("create", job("gke")), "--where=gke knows run, delete; its machines are made by others"),
         (lambda: pod.plan("run", job("tpu-vm", "v5e-64x2")), "several slices: use --where=gke or xpk"),
         (lambda: pod.plan("create", job("tpu-vm", zone="")), "--zone is missing"),
+        (lambda: pod.plan("run", job("xpk", cluster="")), "--cluster is missing: --where=xpk needs it"),
+        (lambda: pod.plan("run", job("xpk", bucket="")), "--bucket is missing: --where=xpk needs it"),
         (lambda: pod.plan("run", job("tpu-vm", command=())), "nothing to run: end the line with"),
     ],
 )
@@ -228,3 +309,96 @@ def test_images_are_made_from_the_locks(kind):
     assert any(line.startswith(prefix) for line in (ROOT / "requirements-dev.txt").read_text().splitlines())
     assert any(line.startswith("jax==") for line in (ROOT / "requirements.txt").read_text().splitlines())
     assert 'ENTRYPOINT ["bash", "launch/pods/run.sh"]' in text
+
+
+def test_buckets_are_mounted_so_that_folders_can_be_renamed():
+    """Orbax renames a checkpoint's folder when it is whole; gcsfuse refuses that by default."""
+    limit = "rename-dir-limit=200000"
+    (volume, _) = yaml.safe_load(pod.jobset(job()))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+        "spec"
+    ]["volumes"]
+    assert volume["csi"]["volumeAttributes"] == {"bucketName": "BUCKET", "mountOptions": f"implicit-dirs,{limit}"}
+    assert f'gcsfuse --implicit-dirs --{limit} "$bucket" "$mount"' in (ROOT / "launch/pods/setup.sh").read_text()
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["bare machine", "machine that is ready"])
+def test_setup_installs_what_a_machine_lacks(tmp_path, bare):
+    """Every command it calls is played by one that notes how it was called."""
+    checkout, bin, log = tmp_path / "rad", tmp_path / "bin", tmp_path / "log"
+    (checkout / "launch/pods").mkdir(parents=True)
+    bin.mkdir()
+    shutil.copy(ROOT / "launch/pods/setup.sh", checkout / "launch/pods")
+    (checkout / "requirements-dev.txt").write_text("libtpu==1.2\nother==3\n")
+    for name in ("sudo", "apt-get", "add-apt-repository", "curl", "tee", "lsb_release", "gcsfuse", "python3.11"):
+        executable(bin / name, f'echo "{name} $*" >> {log}')
+    executable(bin / "sudo", 'exec "$@"')
+    executable(bin / "chown", "")
+    executable(bin / "lsb_release", "echo jammy")
+    executable(bin / "tee", f'echo "tee $1: $(cat)" >> {log}')
+    executable(bin / "mountpoint", "exit 1")
+    # A virtual environment, and what apt-get brings.
+    venv = f"mkdir -p .venv/bin; printf '#!/bin/bash\\necho pip $* >> {log}' > .venv/bin/pip; chmod +x .venv/bin/pip"
+    executable(bin / "python3.11", f'[[ "$2" == venv ]] && {{ {venv}; }}; exit 0')
+    if bare:
+        (bin / "python3.11").rename(tmp_path / "python3.11")
+        (bin / "gcsfuse").rename(tmp_path / "gcsfuse")
+        brings = f'echo "apt-get $*" >> {log}; for name in python3.11 gcsfuse; do'
+        executable(
+            bin / "apt-get", f'{brings} [[ "$*" == *"install $name"* ]] && cp {tmp_path}/$name {bin}/; done; exit 0'
+        )
+    for name in ("bash", "mkdir", "grep", "cat", "cp", "chmod", "dirname", "id", "env"):
+        (bin / name).symlink_to(shutil.which(name) or name)
+    command = ["bash", str(checkout / "launch/pods/setup.sh"), "BUCKET", str(tmp_path / "mount")]
+    done = subprocess.run(command, env={"PATH": str(bin)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = log.read_text()
+    assert f"gcsfuse --implicit-dirs --rename-dir-limit=200000 BUCKET {tmp_path}/mount" in said
+    assert "pip install --quiet --use-pep517 -r requirements.txt -r tpu.txt" in said
+    assert (checkout / "tpu.txt").read_text() == "libtpu==1.2\n"
+    wanted = [
+        "add-apt-repository -y ppa:deadsnakes/ppa",
+        "install python3.11 python3.11-venv",
+        "gcsfuse-jammy main",
+        "install gcsfuse",
+    ]
+    assert [word in said for word in wanted] == [bare] * 4
+
+
+def test_process_of_an_earlier_start_is_stopped_first(tmp_path):
+    """A broken connection may leave one behind on a host; one that does not listen is killed."""
+    python = executable(
+        tmp_path / "python",
+        f"[[ $* == *first* ]] && trap 'echo stopped >> {tmp_path}/said; exit 42' TERM\n[[ $* == *stubborn* ]] && trap '' TERM\n"
+        f"echo $* >> {tmp_path}/said\n[[ $* == *last* ]] && exit 0\nwhile sleep 0.1; do :; done",
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "PIDFILE": str(tmp_path / "pid"), "PATIENCE": "2"}
+    started = []
+    for name in ("first", "stubborn", "last"):
+        command = ["bash", str(ROOT / "launch/pods/run.sh"), "launch.train", name]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        for _ in range(600):
+            if (tmp_path / "said").exists() and f"launch.train {name}" in (tmp_path / "said").read_text():
+                break
+            time.sleep(0.05)
+    try:
+        texts = [process.communicate(timeout=30)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [42, -signal.SIGKILL, 0]
+    assert texts[1:] == [
+        f"note: process {started[place].pid} of an earlier start is still there: it is told to stop\n"
+        for place in (0, 1)
+    ]
+    assert (tmp_path / "said").read_text().splitlines()[1] == "stopped"
+
+
+def test_number_of_another_process_is_left_alone(tmp_path):
+    python = executable(tmp_path / "python", "exit 0")
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "pid").write_text(f"{other.pid}\n")
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "PIDFILE": str(tmp_path / "pid")}
+        command = ["bash", str(ROOT / "launch/pods/run.sh"), "launch.train"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr, other.poll()) == (0, "", None)
+        other.kill()

@@ -124,6 +124,13 @@ def test_curve_in_a_line(values, shape):
     assert line.rstrip()[-1] == ("█" if max(values) > min(values) else "▁")
 
 
+def test_curve_with_steps_that_have_no_number():
+    nothing = float("nan")
+    assert status.spark([0.0, nothing, 2.0, float("inf")]) == "▁×█×"
+    assert status.spark([nothing]) == "×"
+    assert "×" not in status.spark([1.0] * 60 + [nothing, 1.0] * 30)  # numbers beside it are shown
+
+
 def test_run_that_has_not_logged_yet(run):
     (Path(run) / "metrics.jsonl").unlink()
     found = history.read(run, now=2000.0)

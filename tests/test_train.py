@@ -14,7 +14,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from rad_jax import checkpoint, goodput, metrics, optim, runlog, sharding, tasks, train
+from launch import status
+from rad_jax import checkpoint, goodput, guards, history, metrics, optim, runlog, sharding, tasks, train
 from rad_jax.errors import UserError
 from rad_jax.state import join
 
@@ -233,6 +234,58 @@ def test_step_whose_loss_is_no_number_changes_nothing(poisoned):
         np.testing.assert_array_equal(old, np.asarray(new))
 
 
+class Spoiled:
+    """An iterator whose fourth batch weights a token by what is no number, and whose tenth has targets that no text has.
+
+    `rows` are the row numbers of every batch.
+    """
+
+    def __init__(self, batches):
+        self._batches, self.rows = batches, []
+
+    def __next__(self):
+        batch = dict(next(self._batches))
+        self.rows.append(batch["index"].tolist())
+        if len(self.rows) == 4:
+            batch["target_weights"] = batch["target_weights"].copy()
+            batch["target_weights"][0, 0] = np.nan
+        if len(self.rows) == 10:
+            batch["targets"] = np.ones_like(batch["targets"])
+        return batch
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+def test_run_goes_on_after_one_bad_batch_and_one_odd_one(training, tmp_path, monkeypatch, capsys):
+    """One step is skipped, one is a spike; each is said, counted and listed with its records, and the run gets to its end."""
+    batches, made = type(training).batches, list[Spoiled]()
+
+    def spoiled(self, config):
+        made.append(Spoiled(batches(self, config)))
+        return made[-1]
+
+    monkeypatch.setattr(type(training), "batches", spoiled)
+    monkeypatch.setattr(guards, "_SPIKE", 1.0)
+    monkeypatch.setattr(guards, "_SPIKE_LEAST", 6)
+    config, run = training.config("lm", steps=12, checkpoint_every=6), tmp_path / "run"
+    config.optimizer.update(peak_lr=3e-3, warmup_ratio=0.0)
+    training.run(config, run, beside=train.Beside(names=lambda rows: [f"film{row}" for row in rows]))
+    rows, err = metrics.read(run), capsys.readouterr().err
+    assert [row["skipped"] for row in rows] == [0] * 3 + [1] * 9
+    assert [row["spikes"] for row in rows] == [0] * 9 + [1] * 3
+    for file, step in (("skipped.jsonl", 4), ("spikes.jsonl", 10)):
+        (listed,) = metrics.lines(run / file)
+        assert listed["step"] == step and listed["rows"] == made[0].rows[step - 1]
+        assert listed["ids"] == [f"film{row}" for row in listed["rows"]]
+        assert str(run / file) in err
+    assert "note: step 4 is skipped: its loss is nan" in err and "note: the loss jumps to " in err
+    assert metrics.lines(run / "starts.jsonl")[-1]["event"] == "end"
+    found = checkpoint.load_run(run)
+    assert found.step == 12 and all(np.isfinite(leaf).all() for leaf in flat(found.variables).values())
+    assert "noted       1 skipped steps, 1 loss spikes, 0 recompiles" in status.page(history.read(run), None)
+
+
 class Slow:
     """An iterator that takes so long for every batch."""
 
@@ -299,7 +352,7 @@ def test_bad_rows_are_counted_listed_and_end_a_run_that_may_have_none(training, 
         training.run(training.config("stage1", steps=3), tmp_path / "strict", beside=train.Beside(bad_rows=0.001))
 
 
-LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped"}
+LEARNED = {"step", "lr", "loss", "accuracy", "grad_norm", "skipped", "spikes"}
 TIMED = {"steps", "step_time_s", "data_wait_s", "save_s", "evaluate_s", "goodput", "time", "recompiles"}
 COUNTED = {"tokens_per_s", "tokens_per_s_per_chip", "bad_rows", "truncated_rows"}
 

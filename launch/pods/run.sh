@@ -5,6 +5,7 @@
 #
 # CACHE   folder for compiled programs; may be shared, process 0 alone writes. Default: no cache.
 # NOTICE  "gce": ask this machine's metadata server whether it is about to be taken away, and tell the command (SIGTERM).
+# PIDFILE file with the number of the process; one that still runs there, as after a broken connection, is told to stop first.
 # PYTHON  default: python3.
 set -euo pipefail
 
@@ -13,6 +14,26 @@ cd "$(dirname "$0")/../.."
 if [[ -n "${CACHE:-}" ]]; then
   mkdir -p "$CACHE"
   export JAX_COMPILATION_CACHE_DIR="$CACHE"
+fi
+
+ours() {  # whether a process is a command of ours, and not another one that has its number by now
+  [[ "$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline")" == *" -m launch."* ]]
+}
+
+if [[ -n "${PIDFILE:-}" ]]; then
+  if [[ -s "$PIDFILE" ]] && old="$(<"$PIDFILE")" && ours "$old"; then
+    echo "note: process $old of an earlier start is still there: it is told to stop" >&2
+    kill -TERM "$old" || true
+    for ((seconds = 0; seconds < ${PATIENCE:-120}; seconds++)); do
+      ours "$old" || break
+      sleep 1
+    done
+    if ours "$old"; then
+      kill -KILL "$old" || true
+      sleep 1
+    fi
+  fi
+  echo "$$" >"$PIDFILE"
 fi
 
 if [[ "${NOTICE:-}" == gce ]]; then
