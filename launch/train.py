@@ -160,4 +160,5 @@ def writers(workdir: Path) -> list[Callable[[Mapping[str, Any]], None]]:
 
 
 if __name__ == "__main__":
+    distributed.before_listening()
     errors.run(main)
