@@ -47,6 +47,7 @@ def experiment(
             "checkpoint_minutes": 10.0,
             "keep_checkpoints": 2,
             # Findings written for the first so many studies of a split, so many at once, and scored every so many steps (0: never).
+            # metric: the one that chooses the best checkpoint; "" is that of findings.
             "evaluate": {
                 "every": 0,
                 "split": "validation",
@@ -54,6 +55,7 @@ def experiment(
                 "studies": 128,
                 "batch_size": 64,
                 "max_new_tokens": 256,
+                "metric": "",
             },
         }
     )

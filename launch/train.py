@@ -162,4 +162,5 @@ def writers(workdir: Path) -> list[Callable[[Mapping[str, Any]], None]]:
 
 
 if __name__ == "__main__":
+    distributed.before_listening()
     errors.run(main)

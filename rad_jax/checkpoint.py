@@ -242,12 +242,12 @@ def open_workdir(
 ) -> None:
     """Makes a run's folder with `config.json` and the tokenizer; in a folder that has them, checks that it is the same run.
 
-    Of several processes, the first makes it; all of them check.
+    Of several processes, the first makes it; all of them check. A base is what its weights are: one that lies elsewhere now is noted there.
 
     Raises:
         UserError: the folder is of another config, corpus or base, or cannot be written, or not every process sees it.
     """
-    record = {
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "rad_jax": __version__,
         "config": config,
@@ -269,6 +269,9 @@ def open_workdir(
             "choose a --workdir that all machines share."
         )
     found = read_config(workdir)
+    moved = _moved(found["bases"], record["bases"])
+    if moved:
+        found["bases"] = record["bases"]
     old, new = _flat(found), _flat(json.loads(json.dumps(record)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     other = [key for key in changed if not key.startswith(OPERATIONAL)]
@@ -278,6 +281,14 @@ def open_workdir(
             f"{workdir} belongs to another run; {len(other)} settings differ: {shown}. "
             "Choose another --workdir, or give the same config, data and base to go on."
         )
+    if moved and jax.process_index() == 0:
+        print(f"note: {workdir} finds its bases in new places now; their weights are the same.", file=sys.stderr)
+        write_config(workdir, found)
+
+
+def _moved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether bases lie elsewhere than before, and are the same by the hashes of their content."""
+    return list(old) != list(new) and [base["sha256"] for base in old] == [base["sha256"] for base in new]
 
 
 def check_tokenizer(tokenizer: Path, bases: Sequence[Run]) -> None:

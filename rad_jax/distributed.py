@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from rad_jax.errors import UserError
 
@@ -56,6 +57,8 @@ def join() -> None:
         "process_id": options.process_id,
     }
     if options.multihost:
+        if signal.getsignal(signal.SIGTERM) is _told_early:  # JAX listens from here on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.disable()  # absl's: where JAX aborts, it would bury what JAX says under the stacks of all threads
         try:
             jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
@@ -95,11 +98,44 @@ def agree(found: str) -> None:
             ) from None
 
 
+def before_listening() -> None:
+    """SIGTERM from now on ends this process with RESTART, until a `Stop` or JAX listens: it has done nothing that could be saved."""
+    signal.signal(signal.SIGTERM, _told_early)
+
+
+def _told_early(*_: Any) -> None:
+    os.write(2, b"told to stop (SIGTERM): start again to go on.\n")
+    exit_now(RESTART)
+
+
+# What is done when this process ends in the middle of something.
+_at_exit: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def at_exit(last: Callable[[], None]) -> Iterator[None]:
+    """Has `last` called at the end of this stretch, or before this process ends within it by `exit_now`."""
+    _at_exit.append(last)
+    try:
+        yield
+    finally:
+        _at_exit.remove(last)
+        last()
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends this process, whatever its threads are doing; what `at_exit` was given comes first."""
+    for last in _at_exit:
+        with contextlib.suppress(Exception):
+            last()
+    os._exit(status)
+
+
 class Stop:
     """Whether this job was told to stop, by SIGTERM to any of its processes, as before a machine is taken away.
 
     Of several processes JAX notes the signal, and has all of them learn of it at the same question. A process alone notes it itself, once
-    it listens; until then it dies of SIGTERM.
+    it listens; until then see `before_listening`.
     """
 
     def __init__(self) -> None:
@@ -151,7 +187,7 @@ class Stop:
             if self._before is not None:
                 self._before()
                 print("told to stop (SIGTERM): start again to go on.", file=sys.stderr, flush=True)
-                os._exit(RESTART)
+                exit_now(RESTART)
 
 
 def of_first(value: float) -> float:
@@ -189,7 +225,7 @@ def leave(status: int, grace: float = _GRACE_SECONDS) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(grace)
-    os._exit(status)
+    exit_now(status)
 
 
 def _joined() -> bool:

@@ -23,9 +23,13 @@ from rad_jax.errors import UserError
 SKIPS = 5  # steps skipped one after another, after which a run ends
 SLOW = 0.2  # share of its time that a run may wait for data before it says so
 _SKEW_SECONDS = 10.0
+# A sign of life in WORKDIR/lock so often; after a silence of so long it counts for nothing. A mounted bucket may show what is a minute old.
+_BEAT_SECONDS, _SILENT_SECONDS, _SIGN_BYTES = 20.0, 180.0, 255
 _BAD_LEAST = 1000  # rows of which the share of bad ones is judged, so that the first bad one does not end a run
 # A loss is a spike when it is so many times the usual distance from the median of the losses before it.
 _SPIKE, _SPIKE_WINDOW, _SPIKE_LEAST = 12.0, 100, 20
+
+Sign = dict[str, Any]
 
 
 def say(message: str) -> None:
@@ -40,7 +44,10 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds WORKDIR/lock, so that no second job writes there; the file says who has it. The kernel lets go of it when the process ends.
+    """Holds WORKDIR/lock, so that no second job writes there. The kernel lets go of it when the process ends.
+
+    The kernel knows of this machine alone where the folder is an object store. So the file says too who has it, with a sign of life every
+    `_BEAT_SECONDS`, and is empty when it ends: whoever finds the sign of another machine waits whether there comes another one.
 
     Of several processes the first holds it. File systems without locks are said so.
 
@@ -50,35 +57,120 @@ def lock(workdir: Path) -> Iterator[None]:
     if not distributed.first():
         yield
         return
-    with (workdir / "lock").open("a+") as file:
+    path, locks = workdir / "lock", True
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{workdir} is in use by {holder(workdir)}: wait for it to end, or give another --workdir."
-            ) from None
+            raise _in_use(workdir, holder(workdir)) from None
         except OSError as error:
+            locks = False
             say(f"{workdir}: files cannot be locked here ({error.strerror}); see that no other job writes there.")
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
-        file.flush()
-        yield
+        _await_silence(workdir, locks)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        _sign(path, me)
+        stopped = threading.Event()
+        thread = threading.Thread(target=_beat, args=(path, me, stopped), name="lock", daemon=True)
+        thread.start()
+
+        def release() -> None:
+            stopped.set()
+            thread.join()
+            path.write_text("")
+
+        with distributed.at_exit(release):
+            yield
 
 
 def holder(workdir: Path) -> str | None:
     """Who holds WORKDIR/lock: "process 17 on HOST"; None when nobody does."""
+    path, locks = workdir / "lock", True
     try:
-        with (workdir / "lock").open() as file:
-            text = file.read()
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
     except FileNotFoundError:
         return None
     except BlockingIOError:
-        with contextlib.suppress(ValueError, KeyError):
-            found = json.loads(text)
-            return f"process {found['pid']} on {found['host']}"
-        return "another process"
+        return _named(_read_sign(path))
+    except OSError:
+        locks = False
+    found = _read_sign(path)
+    fresh = found is not None and abs(time.time() - found.get("time", 0.0)) < _SILENT_SECONDS
+    return _named(found) if fresh and _beyond(found, locks) else None
+
+
+def _in_use(workdir: Path, who: str | None) -> UserError:
+    return UserError(
+        f"{workdir} is in use by {who or 'another process'}: wait for it to end, or give another --workdir."
+    )
+
+
+def _named(found: Sign | None) -> str:
+    return f"process {found['pid']} on {found['host']}" if found else "another process"
+
+
+def _beyond(found: Sign | None, locks: bool) -> bool:
+    """Whether a sign may be that of a living process although the kernel knows of no lock."""
+    if not found or "time" not in found:
+        return False
+    if found["host"] != socket.gethostname():
+        return True
+    return not locks and Path(f"/proc/{found['pid']}").exists()
+
+
+def _await_silence(workdir: Path, locks: bool) -> None:
+    """Returns when no process of another machine gives signs of life.
+
+    Raises:
+        UserError: one does.
+    """
+    path = workdir / "lock"
+    found = _read_sign(path)
+    if (
+        not found
+        or not _beyond(found, locks)
+        or (found["pid"] == os.getpid() and found["host"] == socket.gethostname())
+    ):
+        return
+    if abs(time.time() - found["time"]) > 10 * _SILENT_SECONDS:
+        return
+    say(f"{_named(found)} has not let go of {workdir}: waiting {_SILENT_SECONDS:.0f} s for another sign of it.")
+    until = time.monotonic() + _SILENT_SECONDS
+    while time.monotonic() < until:
+        time.sleep(_SILENT_SECONDS / 30)
+        again = _read_sign(path)
+        if again == {}:  # it has ended
+            return
+        if again and again != found:
+            raise _in_use(workdir, _named(again))
+
+
+def _beat(path: Path, me: Sign, stopped: threading.Event) -> None:
+    """Renews a sign, and says when there is one of another job."""
+    said = False
+    while not stopped.wait(_BEAT_SECONDS):
+        found = _read_sign(path)
+        if found and not said and any(found.get(key) != value for key, value in me.items()):
+            said = True
+            say(f"{_named(found)} writes to {path.parent} too: end one of the two.")
+        with contextlib.suppress(OSError):  # a disk that is full is said by what needs the room
+            _sign(path, me)
+
+
+def _sign(path: Path, me: Sign) -> None:
+    """Writes in place, and at once: others may read meanwhile, and the lock is on this very file. Closed, so that a bucket gets it."""
+    with path.open("r+b") as file:
+        file.write(json.dumps({**me, "time": time.time()}).ljust(_SIGN_BYTES).encode() + b"\n")
+        file.truncate()
+
+
+def _read_sign(path: Path) -> Sign | None:
+    """What the file says; empty when nobody has it, None when it cannot be read just now."""
+    try:
+        text = path.read_text()
+        return json.loads(text) if text.strip() else {}
+    except (OSError, ValueError):
+        return None
 
 
 def check_clock(workdir: Path) -> None:
@@ -246,11 +338,11 @@ class Watchdog:
         self,
         seconds: float,
         doing: Callable[[], str],
-        end: Callable[[int], Any] = os._exit,
+        end: Callable[[int], Any] = distributed.exit_now,
         file: IO[str] | None = None,
     ):
         self._seconds, self._doing, self._end, self._file = seconds, doing, end, file or sys.__stderr__ or sys.stderr
-        self._moved = time.monotonic()
+        self._moved, self._patient = time.monotonic(), False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -258,6 +350,16 @@ class Watchdog:
     def beat(self) -> None:
         """Something has moved."""
         self._moved = time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """A stretch that gives no signs and that another start would go through again: it is said, and the process goes on."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self.beat()
+            self._patient = False
 
     def close(self) -> None:
         self._stopped.set()
@@ -268,7 +370,7 @@ class Watchdog:
         while not self._stopped.wait(self._seconds / 20):
             moved = self._moved
             still = time.monotonic() - moved
-            if still > 2 * self._seconds:
+            if still > 2 * self._seconds and not self._patient:
                 self._tell(f"error: nothing has moved for {still:.0f} s while {self._doing()}: ending, start again.")
                 self._end(distributed.RESTART)
                 return

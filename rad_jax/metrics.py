@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,10 +15,15 @@ from rad_jax.errors import UserError
 
 
 class Progress:
-    """Writes metrics.jsonl, and shows a bar on a terminal or plain lines elsewhere. Only process 0 writes and shows."""
+    """Writes metrics.jsonl, and shows a bar on a terminal or plain lines elsewhere. Only process 0 writes and shows.
+
+    The file is closed after every row: a bucket that is mounted gets what is written no earlier.
+    """
 
     def __init__(self, workdir: Path, steps: int, start: int, name: str, active: bool):
-        self._file = _append(workdir / "metrics.jsonl") if active else None
+        self._file = workdir / "metrics.jsonl" if active else None
+        if self._file is not None:
+            _mend(self._file)
         self._lines = active and not sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=start, desc=name, unit="step", disable=not active or self._lines, dynamic_ncols=True
@@ -31,8 +37,8 @@ class Progress:
         """Appends a row; shows loss, step time, tokens per second and the time left."""
         if self._file is None:
             return
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        with _opened(self._file) as file:
+            file.write(json.dumps(dict(row)) + "\n")
         shown = f"loss {row['loss']:.4f}, {row['step_time_s'] * 1e3:.0f} ms/step, {row['tokens_per_s']:,.0f} tokens/s"
         self._bar.set_postfix_str(shown)
         if self._lines:
@@ -45,20 +51,25 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
 
 
-def _append(file: Path) -> TextIO:
-    """Opens to append, after the last whole line: a full disk or a kill may have left half of one."""
+def _mend(file: Path) -> None:
+    """Cuts a file after its last whole line: a full disk or a kill may have left half of one."""
     if file.exists():
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        text = file.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole != len(text):
+            os.truncate(file, whole)
+
+
+def _opened(file: Path) -> TextIO:
     return file.open("a")
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:
     """Adds one JSON line to a file of few lines."""
-    with _append(file) as opened:
+    _mend(file)
+    with _opened(file) as opened:
         opened.write(json.dumps(dict(row)) + "\n")
 
 
@@ -118,7 +129,9 @@ def tensorboard(workdir: Path) -> Callable[[Mapping[str, Any]], None]:
 
 
 def wandb(workdir: Path, project: str) -> Callable[[Mapping[str, Any]], None]:
-    """Sends rows to Weights & Biases; restarts of a run go on in the same one there.
+    """Sends rows to Weights & Biases; restarts of a run go on in the same one there, whose id is in WORKDIR/wandb_id.
+
+    Where it cannot be reached this is said, and nothing is sent.
 
     Raises:
         UserError: wandb is not installed.
@@ -127,5 +140,33 @@ def wandb(workdir: Path, project: str) -> Callable[[Mapping[str, Any]], None]:
         import wandb as client
     except ImportError:
         raise UserError("--wandb needs a package that is not here: pip install wandb, or leave it out.") from None
-    run = client.init(project=project, name=workdir.name, id=workdir.name, resume="allow", dir=str(workdir))
-    return lambda row: run.log(dict(row), step=row["step"])
+    file = workdir / "wandb_id"
+    if not file.exists():
+        file.write_text(f"{uuid.uuid4().hex}\n")
+    try:
+        run = client.init(
+            project=project, name=workdir.name, id=file.read_text().strip(), resume="allow", dir=str(workdir)
+        )
+    except Exception as error:  # of its own kinds: no login, no network, a server that fails
+        dropped("Weights & Biases", error)
+        return lambda row: None
+    return _Wandb(run)
+
+
+class _Wandb:
+    """Named, for the message that it fails."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._run.log(dict(row), step=row["step"])
+
+
+def dropped(name: str, error: Exception) -> None:
+    """Says that rows go there no longer."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    tqdm.write(f"note: {name} gets no rows ({why}); training goes on, metrics.jsonl has them all.", file=sys.stderr)
+    sys.stderr.flush()

@@ -56,7 +56,7 @@ class RunLog:
         rate = optim.schedule(config.optimizer.peak_lr, config.steps, config.optimizer.warmup_ratio)
         # All rates at once: asked for step by step, they would queue behind the steps.
         self._rates = np.asarray(rate(np.arange(config.steps)))
-        self._phases, self._writers = phases, writers
+        self._phases, self._writers = phases, list(writers)
         self._progress = metrics.Progress(workdir, config.steps, first, workdir.name, distributed.first())
         device = jax.devices()[0]
         self._utilisation = telemetry.Utilisation(config, model, device.device_kind, jax.device_count())
@@ -170,8 +170,12 @@ class RunLog:
     def _write(self, row: Row) -> None:
         self._progress.log(row)
         if distributed.first():
-            for write in self._writers:
-                write(row)
+            for write in list(self._writers):
+                try:
+                    write(row)
+                except Exception as error:  # whatever another library raises; the run does not need it
+                    self._writers.remove(write)
+                    metrics.dropped(getattr(write, "name", "a writer of --tensorboard or --wandb"), error)
 
 
 def _weightless(rows: jax.Array, weights: jax.Array) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from rad_jax.state import TrainState, Tree, select, split, table
 
 Batch = Mapping[str, Any]
 _now = time.monotonic
+# What must be the same in two rows of an evaluation for their values to be compared.
+MEASURED = ("metric", "signature", "slice", "studies")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the train step
@@ -70,7 +73,8 @@ class Beside:
     Attributes:
         stop: whether to save and stop.
         evaluate: gets the trained weights, the frozen ones, and what to ask between batches whether to break off. Gives a row with
-            "metric", its "value", the ends "low" and "high" of its interval, and whatever else; None when broken off.
+            "metric", its "value", the ends "low" and "high" of its interval, and whatever else; None when broken off. Rows are compared
+            where they agree in `MEASURED`.
         names: ids of records by their row numbers.
         writers: get every row of metrics.jsonl, in process 0.
         profile: first and last step to trace.
@@ -124,7 +128,7 @@ def run(
         stack.enter_context(jax.set_mesh(mesh))
         around = surrounded(config, workdir, mesh, corpus_fingerprint, beside or Beside(), stack)
         with around.phases("start"), around.beside.stop.at_once():
-            state, frozen = initial(config, task, optimizer, base, mesh)
+            state, frozen = initial(config, task, optimizer, base, mesh, around.watchdog.beat)
             state = resume(around.checkpoints, state, batches, corpus_fingerprint, workdir)
             started(workdir, state, frozen, mesh)
         step = jitted_step(config, task, optimizer, state)
@@ -159,6 +163,7 @@ class Around(NamedTuple):
     fingerprint: str
     checkpoints: Checkpointer
     phases: goodput.Phases
+    watchdog: guards.Watchdog
     beside: Beside
 
 
@@ -170,7 +175,7 @@ def surrounded(
     watchdog = stack.enter_context(contextlib.closing(guards.Watchdog(beside.stall_seconds, phases.doing)))
     phases.moved = watchdog.beat
     checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, config.keep_checkpoints)))
-    return Around(workdir, mesh, fingerprint, checkpoints, phases, beside)
+    return Around(workdir, mesh, fingerprint, checkpoints, phases, watchdog, beside)
 
 
 def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, log: RunLog, around: Around) -> int:
@@ -185,7 +190,7 @@ def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, 
     for number in range(first + 1, config.steps + 1):
         batch = sharding.place_batch(log.fetch(batches), around.mesh)
         if number == first + 1:
-            with around.phases("compile"), beside.stop.at_once():
+            with around.phases("compile"), around.watchdog.patient(), beside.stop.at_once():
                 step = step.lower(state, frozen, batch).compile()
         profile.before(number)
         state, numbers = step(state, frozen, batch)
@@ -219,22 +224,37 @@ def evaluate(number: int, state: TrainState, frozen: Tree, around: Around) -> bo
     """Scores the weights of a step that is saved, and keeps its checkpoint if none before was better; False when told to stop meanwhile."""
     beside, checkpoints = around.beside, around.checkpoints
     assert beside.evaluate is not None
-    row = beside.evaluate(state.trainable, frozen, beside.stop.reached)
+
+    def stopped() -> bool:
+        around.watchdog.beat()  # a batch is written
+        return beside.stop.reached()
+
+    row = beside.evaluate(state.trainable, frozen, stopped)
     if row is None:
         return False
     shown = f"{row['metric']} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] at step {number}"
     best = checkpoints.best
-    better = best is None or row["value"] > best["value"]
+    known = best or row
+    other = [key for key in MEASURED if known.get(key, row.get(key)) != row.get(key)]
+    if best and other:  # numbers of two measures cannot be compared
+        guards.say(
+            f"the best so far, of step {best['step']}, was measured otherwise ({', '.join(other)} differ): it counts no more."
+        )
+        best = None
+    better = best is None or row["value"] > best["value"] or math.isnan(best["value"])
     if better:
         checkpoints.keep_best({"step": number, **row})
     if distributed.first():
-        metrics.append(around.workdir / "evaluations.jsonl", {"step": number, "time": time.time(), **row})
+        seconds = around.phases.seconds()
+        share = seconds["evaluate"] / max(sum(seconds.values()), 1e-9)
+        record = {"step": number, "time": time.time(), **row, "evaluate_share": share}
+        metrics.append(around.workdir / "evaluations.jsonl", record)
         told = "the best so far"
         if best is not None and not better:
             told = f"the best is {best['value']:.4f} at step {best['step']}"
         if best is not None and row["low"] <= best["value"] <= row["high"]:
             told += ", within its interval"
-        guards.say(f"{shown}; {told}.")
+        guards.say(f"{shown}; {told}. Evaluating takes {share:.1%} of this start's time so far.")
     return True
 
 
@@ -269,9 +289,16 @@ def resume(
 
 
 def initial(
-    config: Any, task: Any, optimizer: optax.GradientTransformation, base: Tree, mesh: Mesh
+    config: Any,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    base: Tree,
+    mesh: Mesh,
+    moved: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, Tree]:
     """State at step 0 and the frozen variables, placed on the mesh: from `base` where it has them, else freshly drawn.
+
+    `moved` is called after every variable of the base.
 
     Raises:
         UserError: a frozen variable is not in `base`, or one has another shape there; one that learns would be int8.
@@ -296,6 +323,7 @@ def initial(
             made[path], made[scales] = quantise.place(leaf, where[path], where[scales], stays[scales].ndim)
         else:
             made[path] = sharding.place(leaf, dtype, where[path])
+        moved()
     trainable = unflatten_dict({path: made[path] for path in trains}, sep="/")
     frozen = unflatten_dict({path: made[path] for path in stays}, sep="/")
     return start(trainable, optimizer, config.seed, mesh), frozen

@@ -1,9 +1,11 @@
 """Runs on disk: resuming to the bit, chains of runs, and what does not belong together."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from rad_jax import checkpoint, metrics, optim, tasks, train
+from rad_jax import checkpoint, goodput, guards, metrics, optim, tasks, train
 from rad_jax.checkpoint import Checkpointer, load_run
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
@@ -189,6 +191,30 @@ def test_base_that_changed_after_the_training_on_it(training, chain, tmp_path):
         load_run(tmp_path / "runs" / "stage3")
 
 
+def test_run_goes_on_only_on_the_weights_it_began_on(opened, training, chain, tmp_path, capsys):
+    """By their hash: the same weights elsewhere are its base, other weights in the same place are not."""
+    runs = tmp_path / "runs"
+    shutil.copytree(chain, runs)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    opened(bases=tuple(runs / name for name in ("lm", "stage1")))
+    assert "run finds its bases in new places now; their weights are the same." in capsys.readouterr().err
+    again = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [base["path"] for base in again["bases"]] == ["../runs/lm", "../runs/stage1"]
+    assert {**again, "bases": record["bases"]} == record
+    opened(bases=tuple(runs / name for name in ("lm", "stage1")))
+    assert capsys.readouterr().err == ""
+    # The base learns on, to step 5.
+    config = training.config("lm", steps=5)
+    file = runs / "lm" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "config": config.to_dict()}))
+    training.run(config, runs / "lm")
+    with pytest.raises(
+        UserError, match=r"run belongs to another run; 1 settings differ: bases .*'\.\./runs/lm', 'step': 5"
+    ):
+        opened(bases=tuple(runs / name for name in ("lm", "stage1")))
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == again
+
+
 def test_base_that_is_gone(chain, tmp_path):
     shutil.copytree(chain / "stage3", tmp_path / "stage3")
     with pytest.raises(UserError, match=r"stage2 is neither a run of launch.train nor a base of launch.convert"):
@@ -332,6 +358,86 @@ def test_best_checkpoint_is_kept_and_can_be_named(training, tmp_path, capsys):
     training.run(training.config("lm", steps=1, seed=3), tmp_path / "after", (tmp_path / "run@best",))
     (under,) = load_run(tmp_path / "after").bases
     assert under.sha256 == best.sha256 and under.tokenizer_file.is_file()
+
+
+def test_best_so_far_counts_no_more_where_it_was_measured_otherwise(tmp_path, capsys):
+    """Another metric, signature, slice or number of studies: the next evaluation is the best, however small its number."""
+    phases, kept = goodput.Phases(clock=iter(range(0, 1000, 3)).__next__), types.SimpleNamespace(best=None)
+
+    def keep(row):
+        kept.best = dict(row)
+
+    kept.keep_best = keep
+    watchdog = types.SimpleNamespace(beat=lambda: None)
+    state: Any = types.SimpleNamespace(trainable={})
+    row = {"metric": "f1", "low": 0.0, "high": 1.0, "signature": "a", "slice": "validation", "studies": 8}
+    rows = [
+        *({**row, "value": 0.9}, {**row, "value": 0.8}),  # the same measure: the first stays
+        *({**row, "value": 0.3, "metric": "rouge_l"}, {**row, "value": 0.2, "metric": "rouge_l", "signature": "b"}),
+        *({**row, "value": 0.1, "slice": "test"}, {**row, "value": 0.05, "slice": "test", "studies": 9}),
+    ]
+    best = []
+    for number, found in enumerate(rows):
+        beside = train.Beside(evaluate=lambda *_, found=found: found)
+        around: Any = train.Around(tmp_path, None, "", kept, phases, watchdog, beside)  # type: ignore[arg-type]
+        with phases("evaluate"):
+            assert train.evaluate(number, state, {}, around)
+        best.append(kept.best["step"])
+    assert best == [0, 0, 2, 3, 4, 5]
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if "was measured otherwise" in line]
+    assert [line.split("(")[1].split(")")[0] for line in said] == [
+        *("metric differ", "signature differ", "metric, signature, slice differ", "studies differ")
+    ]
+    assert "Evaluating takes " in lines[0]
+    shares = [each["evaluate_share"] for each in metrics.lines(tmp_path / "evaluations.jsonl")]
+    assert len(shares) == 6 and all(0.4 < share < 0.8 for share in shares)
+    # A best.json of before slices were written is comparable.
+    kept.best = {"step": 1, **{key: value for key, value in row.items() if key != "slice"}, "value": 0.5}
+    beside = train.Beside(evaluate=lambda *_: {**row, "value": 0.4})
+    around = train.Around(tmp_path, None, "", kept, phases, watchdog, beside)  # type: ignore[arg-type]
+    train.evaluate(7, state, {}, around)
+    assert kept.best["step"] == 1
+
+
+def test_batches_of_an_evaluation_and_variables_of_a_base_are_movement(training, chain, tmp_path, monkeypatch):
+    """A standstill ends a run; a long evaluation, a large base and a long compile are none."""
+    beats, patient, during = [0], [], []
+
+    class Counting:
+        def __init__(self, seconds, doing):
+            self._doing = doing
+
+        def beat(self):
+            beats[0] += 1
+
+        @contextlib.contextmanager
+        def patient(self):
+            patient.append(self._doing())
+            yield
+
+        def close(self):
+            pass
+
+    def evaluate(trainable, frozen, stopped):
+        for _ in range(5):
+            before = beats[0]
+            assert not stopped()
+            during.append(beats[0] - before)
+        return {"metric": "f1", "value": 0.5, "low": 0.4, "high": 0.6}
+
+    def started(*_):
+        during.append(beats[0])
+
+    monkeypatch.setattr(guards, "Watchdog", Counting)
+    monkeypatch.setattr(train, "started", started)
+    config = training.config("stage2", steps=1)
+    config.evaluate.every = 1
+    bases = chain / "lm", chain / "stage1"
+    training.run(config, tmp_path / "run", bases, beside=train.Beside(evaluate=evaluate))
+    assert during[0] >= 12 + 20  # before the first step: variables of the language model and of the tower
+    assert during[1:] == [1] * 5
+    assert patient == ["compiling"]
 
 
 def test_evaluation_that_is_broken_off_stops_the_run_which_is_saved(training, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data.phantom.parser import parse
+from evaluation import development
 from evaluation.development import Development
 from launch import generate as command
 from rad_jax import checkpoint, metrics, state, tasks, train
@@ -38,6 +39,25 @@ def test_texts_of_the_truth_score_one(training, made):
     assert row["studies"] == 12 and "unit:patient" in row["signature"]
     worse = develop.score(["Nothing."] * 12)
     assert worse["metric"] == row["metric"] and worse["value"] < 0.5 and worse["low"] <= worse["value"] <= worse["high"]
+
+
+def test_metric_that_is_asked_for_chooses(training, made, monkeypatch):
+    """By name; without one it is that of findings."""
+    monkeypatch.setattr(development, "_SUPPORT", 1)  # so few studies have few cases of a class
+    source = Corpus.open(training.corpus).source("train", "frontal")
+    texts = [source[number]["findings"] for number in range(12)]
+    texts[:6] = ["Nothing."] * 6
+    usual, words, side = (
+        made(training.config("stage3"), training.mesh(), metric=metric)[0].score(texts)
+        for metric in ("", "rouge_l", "laterality")
+    )
+    assert (usual["metric"], words["metric"], side["metric"]) == ("finding_macro_f1", "rouge_l", "laterality")
+    assert words["value"] == words["rouge_l"] == usual["rouge_l"] != usual["value"]
+    assert usual["slice"] == "train/frontal, 6 tokens"
+    with pytest.raises(
+        UserError, match=r"config.evaluate.metric=bleu_9 is unknown here: choose finding_macro_f1, .*rouge_l\."
+    ):
+        made(training.config("stage3"), training.mesh(), metric="bleu_9")
 
 
 @pytest.mark.slow

@@ -2,15 +2,20 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from absl import flags
 
 from rad_jax import distributed, goodput, guards, metrics
 from rad_jax.errors import UserError
@@ -57,6 +62,75 @@ def test_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     with guards.lock(tmp_path):
         pass
     assert "files cannot be locked here (No locks available); see that no other job" in capsys.readouterr().err
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """As on a bucket that several machines have mounted: no locks. Gives the list whose first is this machine's name, which may change."""
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    host = ["one"]
+    monkeypatch.setattr(guards.fcntl, "flock", refuse)
+    monkeypatch.setattr(guards.socket, "gethostname", lambda: host[0])
+    monkeypatch.setattr(guards, "_BEAT_SECONDS", 0.02)
+    return host
+
+
+def test_job_on_another_machine_is_refused_by_its_signs_of_life(elsewhere, tmp_path, capsys):
+    with guards.lock(tmp_path):
+        first = json.loads((tmp_path / "lock").read_text())
+        assert first.keys() == {"host", "pid", "since", "time"} and first["host"] == "one"
+        elsewhere[0] = "two"
+        assert guards.holder(tmp_path) == f"process {os.getpid()} on one"
+        with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on one: wait"), guards.lock(tmp_path):
+            pass
+        assert json.loads((tmp_path / "lock").read_text())["time"] > first["time"]
+        assert "has not let go of" in capsys.readouterr().err
+    assert guards.holder(tmp_path) is None
+    with guards.lock(tmp_path):  # at once
+        assert "waiting" not in capsys.readouterr().err
+
+
+def test_machine_that_was_taken_away_lets_go_in_a_while(elsewhere, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(guards, "_SILENT_SECONDS", 0.5)
+    gone = {"host": "two", "pid": 17, "since": time.time() - 99}
+    (tmp_path / "lock").write_text(json.dumps({**gone, "time": time.time()}) + "\n")
+    assert guards.holder(tmp_path) == "process 17 on two"
+    began = time.monotonic()
+    with guards.lock(tmp_path):
+        assert time.monotonic() - began > 0.4
+        assert "process 17 on two has not let go of" in capsys.readouterr().err
+        assert json.loads((tmp_path / "lock").read_text())["host"] == "one"
+    # Long ago, and by a version that gave no signs: free at once.
+    for old in ({**gone, "time": time.time() - 3600}, gone):
+        (tmp_path / "lock").write_text(json.dumps(old) + "\n")
+        assert guards.holder(tmp_path) is None
+        with guards.lock(tmp_path):
+            assert "has not let go" not in capsys.readouterr().err
+
+
+def test_process_that_ends_in_the_middle_lets_go(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.os, "_exit", lambda _: None)
+    end: Any = distributed.exit_now
+    with guards.lock(tmp_path):
+        assert guards.holder(tmp_path) is not None
+        end(distributed.RESTART)
+        assert guards.holder(tmp_path) is None and (tmp_path / "lock").read_text() == ""
+
+
+def test_second_writer_is_said(elsewhere, tmp_path, capsys):
+    """Two that began in the same moment."""
+    with guards.lock(tmp_path):
+        other = {"host": "two", "pid": 17, "since": 0.0, "time": time.time()}
+        for _ in range(500):
+            (tmp_path / "lock").write_text(json.dumps(other))
+            time.sleep(0.01)
+            if "process 17 on two writes to" in capsys.readouterr().err:
+                break
+        else:
+            pytest.fail("it is not said")
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(0, ""), (3600, "3600 s ahead of"), (-60, "60 s behind")])
@@ -150,6 +224,19 @@ def test_standstill_is_said_with_stacks_and_ends_the_process(tmp_path):
     assert "while waiting for data: ending, start again." in text.splitlines()[-1]
 
 
+def test_compile_that_takes_long_is_said_and_goes_on(tmp_path):
+    ended: list[int] = []
+    with (tmp_path / "said").open("w+") as file:
+        watchdog = guards.Watchdog(0.1, lambda: "compiling", ended.append, file)
+        with watchdog.patient():
+            time.sleep(0.6)
+        watchdog.close()
+        file.seek(0)
+        text = file.read()
+    assert ended == []
+    assert text.count("note: nothing has moved") == 1 and "error: " not in text
+
+
 def test_phases_add_up_and_tell_what_is_done():
     now = iter(range(100))
     phases = goodput.Phases(clock=lambda: next(now))
@@ -204,6 +291,62 @@ def test_sigterm_of_a_process_alone(kind, said):
     assert process.returncode == distributed.RESTART, err
     assert out.split("\n")[:-1] == said
     assert err == "told to stop (SIGTERM): start again to go on.\n"
+
+
+def test_sigterm_before_a_process_listens(tmp_path):
+    """While launch.train reads its flags, before anything heavy is imported."""
+    (tmp_path / "config.py").write_text("print('ready', flush=True)\nimport time\ntime.sleep(100)\n")
+    arguments = [f"--config={tmp_path}/config.py", f"--data={tmp_path}", f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (distributed.RESTART, "told to stop (SIGTERM): start again to go on.\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_job_the_early_handler_makes_way_for_jax(monkeypatch):
+    """JAX's own is C++: a handler of Python must not lie over it."""
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[Any] = []
+
+    def others(*_):
+        pass
+
+    options = types.SimpleNamespace(multihost=True, coordinator=None, num_processes=None, process_id=None)
+    monkeypatch.setattr(flags, "FLAGS", options)
+    monkeypatch.setattr(distributed.faulthandler, "disable", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: found.append(signal.getsignal(signal.SIGTERM)))
+    try:
+        distributed.before_listening()
+        distributed.join()
+        signal.signal(signal.SIGTERM, others)  # one of somebody else stays
+        distributed.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [signal.SIG_DFL, others]
+
+
+def test_what_belongs_to_the_end_is_done_when_a_process_ends_in_the_middle(monkeypatch):
+    done: list[Any] = []
+    end: Any = distributed.exit_now
+    monkeypatch.setattr(distributed.os, "_exit", done.append)
+    with distributed.at_exit(lambda: done.append("inner")):
+        end(3)
+        assert done == ["inner", 3]
+    assert done == ["inner", 3, "inner"]
+    end(4)
+    assert done[3:] == [4]
 
 
 def test_writers_that_are_not_installed(tmp_path, monkeypatch):

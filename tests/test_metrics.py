@@ -44,6 +44,24 @@ def test_half_a_line_is_passed_over_and_mended(tmp_path):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
 
 
+def test_every_row_is_there_when_it_is_logged(tmp_path, monkeypatch):
+    """Closed after each: a mounted bucket uploads a file when it is closed."""
+    opened = metrics._opened
+    files = []
+
+    def noted(file):
+        files.append(opened(file))
+        return files[-1]
+
+    monkeypatch.setattr(metrics, "_opened", noted)
+    progress = metrics.Progress(tmp_path, 10, 0, "stage1", active=True)
+    for number in (1, 2):
+        progress.log(row(number))
+        assert len(files) == number and all(file.closed for file in files)
+        assert [r["step"] for r in metrics.read(tmp_path)] == list(range(1, number + 1))
+    progress.close()
+
+
 def test_nothing_to_read(tmp_path):
     assert metrics.read(tmp_path) == []
 

@@ -1,6 +1,7 @@
 """A run's history from its folder, and what launch.status makes of it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_states(run):
         assert found.state == "running"
         assert found.starts[-1].last == 1300.0
         assert "running, process" in status.page(found, None) and "the last sign 57 s ago" in status.page(found, None)
+    assert history.read(run, now=1300.0).state == "killed"
+    # On another machine, which has the folder mounted too.
+    sign = {"host": "elsewhere", "pid": 17, "since": 1200.0, "time": time.time()}
+    (run / "lock").write_text(json.dumps(sign))
+    assert "running, process 17 on elsewhere" in status.page(history.read(run, now=1300.0), None)
+    (run / "lock").write_text(json.dumps({**sign, "time": time.time() - 1000}))
+    assert history.read(run, now=1300.0).state == "killed"
     rows = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(rows + json.dumps(row(100, 1400.0, 1.0)) + "\n")
     found = history.read(run, now=2000.0)

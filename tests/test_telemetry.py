@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import stage3
-from rad_jax import chips, flops, metrics, tasks, telemetry
+from rad_jax import chips, flops, metrics, tasks, telemetry, train
 from rad_jax.errors import UserError
 
 
@@ -92,6 +92,7 @@ def test_profile_of_some_steps(tmp_path):
 def test_rows_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
     """As their clients are called; that they are not needed is tested beside the guards."""
     said: list[Any] = []
+    ids: list[str] = []
 
     class Writer:
         def __init__(self, folder):
@@ -107,8 +108,9 @@ def test_rows_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
         def log(self, row, step):
             said.append(("wandb", row, step))
 
-    def init(project, resume, **_):
+    def init(project, resume, **more):
         said.append(("init", project, resume))
+        ids.append(more["id"])
         return Run()
 
     board, client = types.ModuleType("tensorboardX"), types.ModuleType("wandb")
@@ -125,3 +127,38 @@ def test_rows_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
         ("init", "films", "allow"),
         ("wandb", row, 5),
     ]
+    # Started again it is the same run there; a run of the same name elsewhere is another one.
+    other = tmp_path / "other" / tmp_path.name
+    other.mkdir(parents=True)
+    for workdir in (tmp_path, other):
+        metrics.wandb(workdir, "films")
+    assert ids[0] == ids[1] != ids[2]
+    assert (tmp_path / "wandb_id").read_text() == f"{ids[0]}\n"
+
+
+def test_writer_that_cannot_be_reached_is_said_once_and_dropped(training, tmp_path, monkeypatch, capsys):
+    """At its start, as without a login, or in the middle, as without a network: the run goes on and all rows are in metrics.jsonl."""
+    sent = []
+
+    class Run:
+        def log(self, row, step):
+            if step == 3:
+                raise ConnectionError("no route to host")
+            sent.append(step)
+
+    def no_login(**_):
+        raise RuntimeError("api_key not configured\n  log in first")
+
+    client = types.ModuleType("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    client.init = no_login  # type: ignore[attr-defined]
+    silent = metrics.wandb(tmp_path, "films")
+    said = "note: Weights & Biases gets no rows (api_key not configured log in first); training goes on"
+    assert said in capsys.readouterr().err
+    client.init = lambda **_: Run()  # type: ignore[attr-defined]
+    writers = [silent, metrics.wandb(tmp_path, "films"), sent.append]
+    training.run(training.config("lm"), tmp_path / "run", beside=train.Beside(writers=writers))
+    assert [row["step"] for row in metrics.read(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row if isinstance(row, int) else row["step"] for row in sent] == [1, 1, 2, 2, 3, 4]
+    err = capsys.readouterr().err
+    assert err.count("Weights & Biases gets no rows (no route to host); training goes on") == 1

@@ -193,6 +193,39 @@ def test_workdir_that_cannot_be_written(tiny_corpus, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
+def test_workdir_on_a_read_only_disk(training, tmp_path, monkeypatch):
+    """The same without the right to mount: the system's answer is played."""
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        training.run(training.config("lm"), tmp_path / "run")
+    sentence = f"{tmp_path}/run: the file system is read-only: choose another folder."
+    assert errors.describe_disk_error(caught.value) == sentence
+
+
+def test_no_room_for_the_second_checkpoint(training, tmp_path, monkeypatch):
+    """The same without a disk that is small: the run keeps its checkpoint, and goes on from it when there is room again."""
+    usage, asked = shutil.disk_usage, []
+
+    def full(folder):
+        asked.append(folder)
+        return usage(folder)._replace(free=10**9 if len(asked) == 1 else 10)
+
+    config, run = training.config("lm", steps=6), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", full)
+        with pytest.raises(OSError, match="No space") as caught:
+            training.run(config, run)
+    sentence = "the disk is full: free some space and run the same command again."
+    assert errors.describe_disk_error(caught.value) == f"{run}/checkpoints: {sentence}"
+    assert load_run(run).step == 2
+    training.run(config, run)
+    assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of three megabytes."""
@@ -226,7 +259,7 @@ def test_full_disk_while_saving(training, small_disk, tmp_path):
 def test_full_disk_while_logging(training, tmp_path, monkeypatch):
     """/dev/full takes nothing."""
     with Path("/dev/full").open("w") as full:
-        monkeypatch.setattr(metrics, "_append", lambda _: full)
+        monkeypatch.setattr(metrics, "_opened", lambda _: full)
         with pytest.raises(OSError, match="No space left") as caught:
             training.run(training.config("lm"), tmp_path / "run")
         with contextlib.suppress(OSError):  # what is left in the buffer
