@@ -215,7 +215,10 @@ def test_four_processes_learn_and_score_what_one_does(training, chain, jobs, tmp
     arguments = [jobs.config(config, "scored"), f"--data={training.corpus}", f"--base={chain / 'stage2'}"]
     texts = jobs.run(4, 2, "train", *arguments, f"--workdir={four}", *mesh_flags(2, 2, 2))
     same_run(four, one)
-    found, expected = ([{**row, "time": 0} for row in metrics.lines(run / "evaluations.jsonl")] for run in (four, one))
+    found, expected = (
+        [{**row, "time": 0, "evaluate_share": 0} for row in metrics.lines(run / "evaluations.jsonl")]
+        for run in (four, one)
+    )
     assert found == expected and [row["step"] for row in expected] == [2, 4]
     assert (best := checkpoint.read_best(four)) and best == checkpoint.read_best(one)
     assert "processes: 4" in texts[0]

@@ -111,12 +111,14 @@ def test_loop_reads_no_step_before_the_next_is_dispatched(training, tmp_path, lo
 
     phases, saved = goodput.Phases(), []
     checkpoints: Any = SimpleNamespace(save=lambda state, data: saved.append(len(dispatched)))
-    around = train.Around(tmp_path, training.mesh(), "", checkpoints, phases, train.Beside())
+    watchdog = guards.Watchdog(3600, phases.doing)
+    around = train.Around(tmp_path, training.mesh(), "", checkpoints, phases, watchdog, train.Beside())
     model, nothing = tasks.make_task(config).model.config, around.beside
     log = runlog.RunLog(config, model, tmp_path, 0, 0, phases, nothing.names, nothing.writers, nothing.bad_rows)
     state: Any = SimpleNamespace(step=0)
     assert train.loop(config, Step(), state, {}, training.batches(config), log, around) == 7
     log.close()
+    watchdog.close()
     assert saved == [7]
     # Read with the step after the one that ends their row: rows end at steps 1, 3 and 6 for every third.
     ends = {1: range(1, 8), 3: (1, 3, 3, 6, 6, 6, 7)}[log_every]
