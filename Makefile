@@ -45,7 +45,7 @@ demo-real: .venv  ## The same from a folder of images and reports, REAL=DIR: out
 
 ifeq ($(SLOW),1)
 test: .venv-dev  ## Lint, type-check and test; with SLOW=1 the long tests alone
-	.venv-dev/bin/python -m pytest -m slow $(PYTEST_FLAGS)
+	.venv-dev/bin/python -m pytest -m slow -n 2 --dist loadscope $(PYTEST_FLAGS)
 else
 test: .venv-dev
 	.venv-dev/bin/ruff format --check .

@@ -196,6 +196,8 @@ class Training:
         if stop is not None:
             batches = Interrupted(batches, stop)
         task = tasks.make_task(config)
+        # Of rows so short many hold no word that is learned.
+        beside = beside or train.Beside(bad_rows=1.0)
         train.run(config, task, base, batches, data["fingerprint"], workdir, mesh or self.mesh(), beside)
 
 

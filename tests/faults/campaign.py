@@ -142,7 +142,8 @@ class Campaign:
             *("--config=configs/phantom.py:lm", f"--data={self._corpus}", f"--workdir={workdir}"),
             *(f"--config.steps={STEPS}", f"--config.checkpoint_every={EVERY}", f"--config.batch_size={ROWS}"),
             *("--config.log_every=1", f"--config.mesh.data={self._processes}", "--config.data.text_length=64"),
-            *("--config.data.target_length=48", "--config.checkpoint_minutes=0"),
+            # Of rows so short many hold no word that is learned.
+            *("--config.data.target_length=48", "--config.checkpoint_minutes=0", "--bad_rows=1"),
             *([*several, f"--process_id={index}"] if self._processes > 1 else []),
         ]
         # Compiling takes far longer than running, so it may do without polishing the code.
