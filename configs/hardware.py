@@ -90,7 +90,7 @@ MACHINES = {
     "v4-32": _tpu(16, 2, V4),  # 64 rows in 1.48 s, 11.3 GiB, 42 %
     # 32 GB per chip.
     "v6e-8": _tpu(8, 4, V6E),  # 64 rows in 1.26 s (no calibration), 22.7 GiB
-    "v6e-64": _tpu(64, 4, V6E),
+    "v6e-64": _tpu(64, 4, V6E),  # 128 rows in 0.36 s (no calibration), 10.5 GiB
     "v6e-256": _tpu(256, 2, V6E),
     # Eight GPUs of 80 GB in one host; 16 rows each are the original's stage 3.
     "a100-8": Machine(data=1, fsdp=8, tensor=1, rows=16, attention="cudnn"),
