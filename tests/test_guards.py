@@ -275,19 +275,23 @@ with stop.at_once():
 """
 
 
+def told_to_stop(process):
+    """SIGTERM once the process says that it is ready: what it wrote after that."""
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.communicate(timeout=30)
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(("kind", "said"), [("at once", ["before"]), ("later", ["reached"])])
 def test_sigterm_of_a_process_alone(kind, said):
     """Where nothing would be lost it ends right there, even out of a long call; elsewhere it is asked for."""
     with subprocess.Popen(
         [sys.executable, "-c", WAITS, kind], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            out, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
+        out, err = told_to_stop(process)
     assert process.returncode == distributed.RESTART, err
     assert out.split("\n")[:-1] == said
     assert err == "told to stop (SIGTERM): start again to go on.\n"
@@ -304,13 +308,7 @@ def test_sigterm_before_a_process_listens(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+        _, err = told_to_stop(process)
     assert (process.returncode, err) == (distributed.RESTART, "told to stop (SIGTERM): start again to go on.\n")
     assert not (tmp_path / "run").exists()
 
