@@ -20,7 +20,8 @@ def two_and_one(engine, model, made):
     """A short text in the first slot, a long one in the second, and one that waits; held before their first step."""
     model.go.clear()
     films = (None, made.grey(250), None)
-    streams = [engine.submit(Request(film, "Hello")) for film in films]
+    with engine._lock:  # all at once: the worker would take in the first alone, and be held with it
+        streams = [engine.submit(Request(film, "Hello")) for film in films]
     assert made.until(lambda: engine.stats()["running"] == 2)
     return streams
 
