@@ -1,8 +1,12 @@
 """The engine beside JAX: the same texts for films drawn and real, and the same maps of where a word looked."""
 
+import asyncio
+
+import httpx2 as httpx
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from rad_jax import images
 from rad_jax.generate import generate
@@ -11,6 +15,7 @@ from rad_jax.interop.verify import as_stored
 from rad_jax.models.llava import Llava
 from rad_jax.prompts import load_tokenizer, question, render_v1
 from rad_jax.serving import reference
+from rad_jax.serving.app import Settings, create_app
 from rad_jax.serving.engine import Request
 
 TOKENS = 16
@@ -42,6 +47,7 @@ def texts_of_jax(example, films, reasons):
 
 
 def compare(bundle, engine, films):
+    """Asserts that all write the same; returns the reasons, the texts and the engine that wrote them."""
     example, folder = bundle("wide")
     reasons = [None if i % 4 == 0 else " ".join(["heart", "left effusion", "clear lungs"][: i % 4]) for i in range(50)]
     ours, theirs, size = engine("wide"), reference.load(folder), example.config.vision.image_size
@@ -53,6 +59,7 @@ def compare(bundle, engine, films):
     greedy = [theirs.greedy(theirs.prompt(f, r), f, TOKENS) for f, r in zip(squares, reasons, strict=True)]
     assert mixed == alone == [theirs.text(ids) for ids in greedy] == texts_of_jax(example, films, reasons)
     assert len(set(mixed)) > 25
+    return reasons, mixed, ours
 
 
 @pytest.mark.slow
@@ -70,10 +77,35 @@ def test_50_drawn_films(bundle, engine, tiny_corpus):
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_50_real_films(bundle, engine, real):
-    paths = sorted(path for kind in ("covid", "nih", "openi") for path in (real / "images" / kind).iterdir())
-    films = [images.load_short(path, 64)[0] for path in paths[:50]]
-    compare(bundle, engine, films)
+def test_50_real_films(bundle, engine, real, tmp_path):
+    """The last of them are whole files, which are also sent to the server as they are: it must write what JAX writes of their pixels."""
+    kinds = {kind: sorted((real / "images" / kind).iterdir()) for kind in ("covid", "nih", "openi")}
+    originals = [real / "dicom" / name for name in ("RG1_J2KI.dcm", "RG1_JLSN.dcm", "CR-MONO1-10-chest.dcm")]
+    jpeg = tmp_path / "film.jpg"
+    Image.open(kinds["covid"][0]).convert("L").save(jpeg, quality=95)
+    originals += [jpeg, kinds["nih"][0], kinds["openi"][0]]
+    small = [path for files in kinds.values() for path in files[1:]][: 50 - len(originals)]
+    films = [images.load_short(path, 64)[0] for path in small]
+    films += [images.load_grey(path, "mimic_cxr_jpg") for path in originals]
+    reasons, expected, ours = compare(bundle, engine, films)
+    app = create_app(ours, Settings(dicom="mimic_cxr_jpg"))
+
+    async def post(path, reason):
+        fields = {"max_new_tokens": str(TOKENS), **({"indication": reason} if reason else {})}
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", timeout=60
+        ) as client:
+            return await client.post("/v1/findings", files={"file": path.read_bytes()}, data=fields)
+
+    async def all_at_once():
+        return await asyncio.gather(*map(post, originals, reasons[-len(originals) :]))
+
+    answers = asyncio.run(all_at_once())
+    app.state.service.films.close()
+    assert [answer.status_code for answer in answers] == [200] * len(originals)
+    assert [answer.json()["film"]["kind"] for answer in answers] == ["dicom"] * 3 + ["jpeg", "png", "png"]
+    texts = [answer.json()["findings"] for answer in answers]
+    assert texts == [text.strip() for text in expected[-len(originals) :]] and len(set(texts)) > 3
 
 
 def test_attention_is_that_of_jax(bundle, engine):
