@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rad_jax.errors import UserError
 
@@ -57,8 +57,6 @@ def join() -> None:
         "process_id": options.process_id,
     }
     if options.multihost:
-        if signal.getsignal(signal.SIGTERM) is _told_early:  # JAX listens from here on
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.disable()  # absl's: where JAX aborts, it would bury what JAX says under the stacks of all threads
         try:
             jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
@@ -100,11 +98,30 @@ def agree(found: str) -> None:
 
 def before_listening() -> None:
     """SIGTERM from now on ends this process with RESTART, until a `Stop` or JAX listens: it has done nothing that could be saved."""
-    signal.signal(signal.SIGTERM, _told_early)
+    _on_sigterm(_go)
 
 
-def _told_early(*_: Any) -> None:
-    os.write(2, b"told to stop (SIGTERM): start again to go on.\n")
+def _on_sigterm(act: Callable[[], None]) -> None:
+    """Has a thread call `act` at every SIGTERM, in place of what was there; in the main thread.
+
+    Python's own handlers wait until the main thread is back from C++, which may be minutes away when it compiles or waits for the other
+    processes of a job; this does not. JAX, once it has joined a job, puts its own handler in C++ over this one.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def wait() -> None:
+        while number := os.read(read, 1):
+            if number[0] == signal.SIGTERM:
+                act()
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
+
+
+def _go() -> NoReturn:
+    os.write(2, b"told to stop (SIGTERM): start again to go on.\n")  # the thread that prints may be the one that hangs
     exit_now(RESTART)
 
 
@@ -148,12 +165,7 @@ class Stop:
         """Notes SIGTERM from now on; in the main thread. Of a job, nothing is to be done: JAX listens."""
         if _joined():
             return
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        # Python's own handlers wait until the main thread is back from C++, which may be minutes away when it compiles; this does not.
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: self._told.set())
-        threading.Thread(target=self._wait, args=(read,), name="stop", daemon=True).start()
+        _on_sigterm(self._tell)
 
     def reached(self) -> bool:
         """Whether to save and stop now. Every process of a job must ask equally often, at the same points."""
@@ -176,18 +188,15 @@ class Stop:
             with self._leaving:  # once it leaves, it does not go on
                 self._before = None
 
-    def _wait(self, read: int) -> None:
-        while number := os.read(read, 1):
-            if number[0] == signal.SIGTERM:
-                self._told.set()
-                self._leave()
+    def _tell(self) -> None:
+        self._told.set()
+        self._leave()
 
     def _leave(self) -> None:
         with self._leaving:
             if self._before is not None:
                 self._before()
-                print("told to stop (SIGTERM): start again to go on.", file=sys.stderr, flush=True)
-                exit_now(RESTART)
+                _go()
 
 
 def of_first(value: float) -> float:

@@ -5,17 +5,15 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from absl import flags
 
 from rad_jax import distributed, goodput, guards, metrics
 from rad_jax.errors import UserError
@@ -275,6 +273,12 @@ with stop.at_once():
 """
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def told_to_stop(process):
     """SIGTERM once the process says that it is ready: what it wrote after that."""
     assert process.stdout.readline() == "ready\n"
@@ -313,26 +317,56 @@ def test_sigterm_before_a_process_listens(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_of_a_job_the_early_handler_makes_way_for_jax(monkeypatch):
-    """JAX's own is C++: a handler of Python must not lie over it."""
-    before = signal.getsignal(signal.SIGTERM)
-    found: list[Any] = []
+def test_sigterm_while_a_process_waits_for_its_job(tmp_path):
+    """The first of two processes, whose other one never comes: it waits in C++, and JAX does not listen yet."""
+    port = free_port()
+    arguments = ["--config=configs/phantom.py:lm", f"--data={tmp_path}", f"--workdir={tmp_path}/run", "--multihost"]
+    job = [f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *arguments, *job], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while process.poll() is None:
+                with socket.socket() as asking:
+                    if asking.connect_ex(("localhost", port)) == 0:
+                        break
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == distributed.RESTART, err
+    assert err.endswith("told to stop (SIGTERM): start again to go on.\n")
+    assert not (tmp_path / "run").exists()
 
-    def others(*_):
-        pass
 
-    options = types.SimpleNamespace(multihost=True, coordinator=None, num_processes=None, process_id=None)
-    monkeypatch.setattr(flags, "FLAGS", options)
-    monkeypatch.setattr(distributed.faulthandler, "disable", lambda: None)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: found.append(signal.getsignal(signal.SIGTERM)))
-    try:
-        distributed.before_listening()
-        distributed.join()
-        signal.signal(signal.SIGTERM, others)  # one of somebody else stays
-        distributed.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert found == [signal.SIG_DFL, others]
+JOINED = """
+import time
+from absl import flags
+from rad_jax import distributed
+
+distributed.define_flags()
+flags.FLAGS(["job", "--multihost", "--coordinator=localhost:PORT", "--num_processes=1", "--process_id=0"])
+distributed.before_listening()
+distributed.join()
+stop = distributed.Stop()
+stop.listen()
+time.sleep(1)  # JAX listens in a thread of its own
+print("ready", flush=True)
+while not stop.reached():
+    time.sleep(0.01)
+print("reached", flush=True)
+"""
+
+
+def test_of_a_job_jax_hears_sigterm_and_the_early_handler_does_not():
+    code = JOINED.replace("PORT", str(free_port()))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        out, err = told_to_stop(process)
+    assert (process.returncode, out) == (0, "reached\n"), err
+    assert "told to stop" not in err
 
 
 def test_what_belongs_to_the_end_is_done_when_a_process_ends_in_the_middle(monkeypatch):
