@@ -3,6 +3,7 @@
 Their collectives go through Gloo. Every process is `python -m launch.COMMAND` with the flags a user would give.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -23,7 +24,7 @@ from flax.traverse_util import flatten_dict
 
 from data.phantom.parser import parse
 from evaluation.development import Development
-from rad_jax import checkpoint, distributed, errors, metrics, sharding, tasks, train
+from rad_jax import checkpoint, distributed, errors, metrics, runlog, sharding, tasks, train
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 
@@ -35,6 +36,29 @@ import ml_collections
 
 def get_config(name):
     return ml_collections.ConfigDict(json.loads(Path(__file__).with_name(f"{name}.json").read_text()))
+"""
+# Runs a command that notes each step's rows.
+NOTING = """
+import json, runpy, sys
+from pathlib import Path
+from rad_jax.runlog import RunLog
+
+notes, sys.argv = Path(sys.argv[1]), sys.argv[2:]
+take, add, rows = RunLog.fetch, RunLog.add, None
+
+def fetch(self, batches):
+    global rows
+    batch = take(self, batches)
+    rows = batch["index"].tolist()
+    return batch
+
+def added(self, step, numbers, batch):
+    with notes.open("a") as file:
+        file.write(json.dumps({"step": step, "rows": rows}) + "\\n")
+    add(self, step, numbers, batch)
+
+RunLog.fetch, RunLog.add = fetch, added
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 # Runs a command whose process sends itself a signal when it asks for its sixth batch; with 0 it waits for that batch forever.
 VICTIM = """
@@ -79,8 +103,11 @@ class Jobs:
         (self._folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
         return f"--config={self._folder / 'tiny.py'}:{name}"
 
-    def start(self, processes, devices, command, *arguments, victim=None):
-        """Processes of one job, or one process alone; the `victim`, (index, signal), sends itself this signal."""
+    def start(self, processes, devices, command, *arguments, victim=None, notes=None):
+        """Processes of one job, or one process alone; the `victim`, (index, signal), sends itself this signal.
+
+        With `notes`, a folder, process INDEX notes its rows in notes/INDEX.jsonl.
+        """
         environment = dict(os.environ)
         # Compiling takes far longer than running, so it may do without polishing the code.
         quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -97,6 +124,8 @@ class Jobs:
             run = ["-m", f"launch.{command}"]
             if victim and victim[0] == index:
                 run = ["-c", VICTIM, str(int(victim[1])), f"launch.{command}"]
+            if notes is not None:
+                run = ["-c", NOTING, str(notes / f"{index}.jsonl"), f"launch.{command}"]
             job.append(
                 subprocess.Popen(
                     [sys.executable, *run, *arguments, *several],
@@ -118,9 +147,9 @@ class Jobs:
                 process.kill()
         return [Ended(process.returncode, text) for process, text in zip(job, texts, strict=True)]
 
-    def run(self, processes, devices, command, *arguments):
+    def run(self, processes, devices, command, *arguments, notes=None):
         """What the processes wrote, after all have ended well."""
-        ended = self.end(self.start(processes, devices, command, *arguments))
+        ended = self.end(self.start(processes, devices, command, *arguments, notes=notes))
         for process in ended:
             assert process.status == 0, process.text
         return [process.text for process in ended]
@@ -135,8 +164,16 @@ def jobs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(training, tmp_path_factory):
     """A run of stage lm over eight steps, by this process on one device, which nothing interrupts."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    training.run(training.config("lm", steps=8), workdir)
+    workdir, add, rows = tmp_path_factory.mktemp("whole") / "run", runlog.RunLog.add, {}
+
+    def added(self, step, numbers, batch):
+        rows[step] = sorted(np.asarray(batch["index"]).tolist())
+        add(self, step, numbers, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runlog.RunLog, "add", added)
+        training.run(training.config("lm", steps=8), workdir)
+    (workdir.parent / "rows.json").write_text(json.dumps(rows))
     return workdir
 
 
@@ -306,9 +343,16 @@ def test_run_goes_on_elsewhere(training, whole, jobs, tmp_path, before, after):
         training.run(config, tmp_path / "moved", stop=4, mesh=training.mesh(*before))
     processes, mesh = after
     arguments = [jobs.config(config, "lm"), f"--data={training.corpus}", f"--workdir={tmp_path / 'moved'}"]
-    text = jobs.run(processes, mesh[0] * mesh[1] * mesh[2] // processes, "train", *arguments, *mesh_flags(*mesh))[0]
+    text = jobs.run(
+        processes, mesh[0] * mesh[1] * mesh[2] // processes, "train", *arguments, *mesh_flags(*mesh), notes=tmp_path
+    )[0]
     assert "resumed at step 4 " in text
     same_run(tmp_path / "moved", whole, resumed=True)
+    found = collections.defaultdict(list)
+    for row in (row for index in range(processes) for row in metrics.lines(tmp_path / f"{index}.jsonl")):
+        found[str(row["step"])] += row["rows"]
+    expected = json.loads((whole.parent / "rows.json").read_text())
+    assert {step: sorted(rows) for step, rows in found.items()} == {step: expected[step] for step in "5678"}
 
 
 @pytest.mark.slow

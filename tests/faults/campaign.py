@@ -3,9 +3,9 @@
     python -m tests.faults.campaign --kills=30 --terms=10 --processes=1,2 --seed=0 --json=campaign.json
 
 Trains the demo's language model on a small phantom, with a checkpoint every four steps. Each start is ended by SIGKILL or SIGTERM to one
-of its processes, while it starts, compiles, waits for data, computes or saves, and started again by the same command; a run that gets to
-its end begins anew until all faults are used. Every line of metrics.jsonl must have, to the bit, the loss of the undisturbed run on
-the same mesh, and the rows of the batches that count must be the same: none lost, none twice.
+of its processes, while it starts, compiles, waits for data, computes, saves or evaluates, and started again by the same command; a run
+that gets to its end begins anew until all faults are used. Every line of metrics.jsonl must have, to the bit, the loss of the undisturbed
+run on the same mesh, and the rows of the batches that count must be the same: none lost, none twice.
 
 Exit status 1: something differs, or a process ended in another way than it should. The JSON has kills, terms, bit_equal, lost_records,
 repeated_records, sigterm_to_exit_s (the longest; all in sigterm_to_exit_all_s) and what was hit where.
@@ -36,7 +36,7 @@ STEPS, EVERY, ROWS = 24, 4, 8
 
 # Runs a command that notes each step's rows, and sends itself a signal so long after it has entered a phase for the n-th time.
 PROCESS = """
-import json, os, runpy, sys, threading, time
+import json, os, runpy, sys, threading, time, types
 from pathlib import Path
 from rad_jax import goodput
 from rad_jax.runlog import RunLog
@@ -69,11 +69,24 @@ def added(self, step, numbers, batch):
         file.write(json.dumps({"step": step, "rows": rows}) + "\\n")
     add(self, step, numbers, batch)
 
+class Development:  # a language model alone writes no findings; here it matters only that this takes its time, and asks whether to stop
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, trainable, frozen, stopped):
+        for _ in range(10):
+            if stopped():
+                return None
+            time.sleep(0.03)
+        return {"metric": "none", "value": 0.0, "low": 0.0, "high": 0.0}
+
+sys.modules["evaluation.development"] = types.ModuleType("evaluation.development")
+sys.modules["evaluation.development"].Development = Development
 goodput.Phases._switch, RunLog.fetch, RunLog.add = switched, fetched, added
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 # Phase, how often it is entered before, and within how many seconds after; "data" reaches into the step that follows it.
-PHASES = {"start": (1, 0.5), "compile": (1, 0.5), "data": (9, 0.1), "save": (2, 0.15)}
+PHASES = {"start": (1, 0.5), "compile": (1, 0.5), "data": (9, 0.1), "save": (2, 0.15), "evaluate": (2, 0.4)}
 
 
 class Campaign:
@@ -141,7 +154,8 @@ class Campaign:
         command = [
             *("--config=configs/phantom.py:lm", f"--data={self._corpus}", f"--workdir={workdir}"),
             *(f"--config.steps={STEPS}", f"--config.checkpoint_every={EVERY}", f"--config.batch_size={ROWS}"),
-            *("--config.log_every=1", f"--config.mesh.data={self._processes}", "--config.data.text_length=64"),
+            *("--config.log_every=1", "--config.evaluate.every=10", f"--config.mesh.data={self._processes}"),
+            "--config.data.text_length=64",
             # Of rows so short many hold no word that is learned.
             *("--config.data.target_length=48", "--config.checkpoint_minutes=0", "--bad_rows=1"),
             *([*several, f"--process_id={index}"] if self._processes > 1 else []),
