@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from data.phantom.parser import parse
@@ -107,7 +108,7 @@ def test_it_writes_what_launch_generate_writes(training, chain, made, tmp_path, 
 
 @pytest.mark.slow
 def test_by_command(training, chain, tmp_path):
-    """launch.train scores while it trains, launch.status tells of it, and the best step's weights write findings."""
+    """launch.train scores while it trains and traces steps, launch.status tells of it, the best step's weights write findings."""
     config, run = training.config("stage3"), tmp_path / "run"
     config.evaluate.update({"every": 2, "split": "train", "studies": 12, "batch_size": 5, "max_new_tokens": 6})
     record = repr(config.to_dict())
@@ -124,7 +125,12 @@ def test_by_command(training, chain, tmp_path):
         return done
 
     start = f"--config={tmp_path}/config.py", f"--data={training.corpus}", f"--base={chain / 'stage2'}"
-    told = command("train", *start, f"--workdir={run}").stderr
+    told = command("train", *start, f"--workdir={run}", "--profile=3:4").stderr
+    (trace,) = (run / "profile").rglob("*.xplane.pb")
+    host = jax.profiler.ProfileData.from_file(str(trace)).find_plane_with_name("/host:CPU")
+    calls = [e for line in host.lines for e in line.events if e.name == "PjitFunction(jit(step))"]
+    outer = [e for e in calls if not any(other.start_ns < e.start_ns < other.end_ns for other in calls)]
+    assert len(outer) == 2
     rows = metrics.lines(run / "evaluations.jsonl")
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:

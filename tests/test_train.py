@@ -288,6 +288,25 @@ def test_run_goes_on_after_one_bad_batch_and_one_odd_one(training, tmp_path, mon
     assert "noted       1 skipped steps, 1 loss spikes, 0 recompiles" in status.page(history.read(run), None)
 
 
+def test_programs_compiled_between_steps_are_counted(training, tmp_path, monkeypatch):
+    """What the third batch has compiled stays in the count of every row after it."""
+    batches, seen = type(training).batches, list[Any]()
+
+    class Compiling(Spoiled):
+        def __next__(self):
+            batch = next(self._batches)
+            seen.append(batch)
+            if len(seen) == 3:
+                jax.jit(lambda x: x * 3 + 1)(np.ones(5))
+            return batch
+
+    monkeypatch.setattr(type(training), "batches", lambda self, config: Compiling(batches(self, config)))
+    training.run(training.config("lm", steps=6), tmp_path / "run")
+    found = [row["recompiles"] for row in metrics.read(tmp_path / "run")]
+    assert found[0] == 0 and found[-1] == 1 and found == sorted(found) and found.index(1) in (1, 2), found
+    assert "1 recompiles" in status.page(history.read(tmp_path / "run"), None)
+
+
 class Slow:
     """An iterator that takes so long for every batch."""
 
