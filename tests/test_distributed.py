@@ -348,7 +348,7 @@ def test_run_goes_on_elsewhere(training, whole, jobs, tmp_path, before, after):
     )[0]
     assert "resumed at step 4 " in text
     same_run(tmp_path / "moved", whole, resumed=True)
-    found = collections.defaultdict(list)
+    found: dict[str, list[int]] = collections.defaultdict(list)
     for row in (row for index in range(processes) for row in metrics.lines(tmp_path / f"{index}.jsonl")):
         found[str(row["step"])] += row["rows"]
     expected = json.loads((whole.parent / "rows.json").read_text())

@@ -1,0 +1,116 @@
+"""The server at the real sizes: random weights of LLaVA-Rad's shapes, loaded in bfloat16 on this machine's CPU and asked about a film.
+
+    python -m tests.serving.full_size FOLDER TOKENIZER FILM
+
+Writes FOLDER/bundle first (14 GB, some minutes) unless it is there. TOKENIZER is one of 32,000 pieces, as Llama 2's tokenizer.model;
+FILM a DICOM, PNG or JPEG. Printed are the server's memory plan, its seconds until it was ready and its memory, then the seconds and the tokens
+of an answer with words alone and of one about the film. The words mean nothing.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import httpx2 as httpx
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from configs import stage3
+from rad_jax import tasks
+from rad_jax.interop.export import export
+from rad_jax.interop.exported import Exported
+from rad_jax.lazy import LazyArray
+from rad_jax.models.llava import LlavaConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STACKED = re.compile(r"llm/layers/|vision/blocks/")
+ONES = re.compile(r"/(scale|ls[12])$")
+
+
+def drawn(path: str, shape: tuple[int, ...]) -> LazyArray:
+    """Matrices with the spread of Llama's own, 0.02; gains are one, biases zero."""
+    stacked = STACKED.match(path) is not None
+
+    def read(layer: int) -> np.ndarray:
+        own = shape[1:] if stacked else shape
+        if path.endswith("bias"):
+            return np.zeros(own, np.float32)
+        if ONES.search(path):
+            return np.ones(own, np.float32)
+        rng = np.random.default_rng([zlib.crc32(path.encode()), layer])
+        return rng.standard_normal(own, np.float32) * np.float32(0.02)
+
+    return LazyArray(shape, np.dtype(np.float32), read, stacked)
+
+
+def write(out: Path, tokenizer: Path) -> None:
+    config = stage3.get_config("cpu-1")
+    task, model = tasks.make_task(config), tasks.model_config(config)
+    assert isinstance(model, LlavaConfig)
+    shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))["params"]
+    tree = {path: drawn(path, leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()}
+    whole = dataclasses.replace(model, lora=None)
+    export(
+        Exported({"params": unflatten_dict(tree, sep="/")}, whole, tokenizer, {"run": "random"}), "hf", out, "bfloat16"
+    )
+
+
+def ask(url: str, tokens: int, film: Path | None) -> str:
+    began = time.monotonic()
+    if film is None:
+        body = {"model": "bundle", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": tokens}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=None)
+    else:
+        fields = {"max_new_tokens": str(tokens)}
+        answer = httpx.post(f"{url}/v1/findings", files={"file": film.read_bytes()}, data=fields, timeout=None)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    return (
+        f"{usage['prompt_tokens']} tokens read, {usage['completion_tokens']} written, {time.monotonic() - began:.0f} s"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("folder", "tokenizer", "film"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--tokens", type=int, default=16, help="To write.")
+    given = parser.parse_args()
+    bundle = given.folder / "bundle"
+    if not bundle.exists():
+        given.folder.mkdir(parents=True, exist_ok=True)
+        write(bundle, given.tokenizer)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--device=cpu", "--dtype=bfloat16", "--slots=1", "--timeout=86400", f"--port={port}"]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([sys.executable, "-m", "rad_jax.serving", str(bundle), *options], cwd=ROOT) as server:
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/readyz").status_code == 200:
+                        break
+                time.sleep(1)
+            for name, film in (("words", None), ("film", given.film)):
+                print(f"{name}: {ask(url, given.tokens, film)}", flush=True)
+            peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+            assert peak is not None
+            print(f"the server's largest memory: {int(peak[1]) / 2**20:.1f} GiB")
+        finally:
+            server.send_signal(signal.SIGTERM)
+    return server.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
