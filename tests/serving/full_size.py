@@ -24,13 +24,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
 
 from configs import stage3
-from rad_jax import tasks
-from rad_jax.interop.export import export
+from rad_jax import FORMAT_VERSION, tasks
+from rad_jax.interop import bundle, receipt
 from rad_jax.interop.exported import Exported
 from rad_jax.lazy import LazyArray
 from rad_jax.models.llava import LlavaConfig
+from rad_jax.models.vit import Vit
 
 ROOT = Path(__file__).resolve().parents[2]
 STACKED = re.compile(r"llm/layers/|vision/blocks/")
@@ -55,14 +57,24 @@ def drawn(path: str, shape: tuple[int, ...]) -> LazyArray:
 
 def write(out: Path, tokenizer: Path) -> None:
     config = stage3.get_config("cpu-1")
-    task, model = tasks.make_task(config), tasks.model_config(config)
-    assert isinstance(model, LlavaConfig)
-    shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))["params"]
+    model = tasks.model_config(config)
+    assert isinstance(model, LlavaConfig) and model.vision is not None
+    shapes = nn.unbox(jax.eval_shape(tasks.make_task(config).init, jax.random.key(0)))["params"]
+    tower = Vit(
+        dataclasses.replace(model.vision, feature_layer=None)
+    )  # with the blocks that are not used, as bundles have it
+    film = jax.ShapeDtypeStruct((1, model.vision.image_size, model.vision.image_size, 3), np.float32)
+    shapes["vision"] = nn.unbox(jax.eval_shape(tower.init, jax.random.key(0), film))["params"]
     tree = {path: drawn(path, leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()}
     whole = dataclasses.replace(model, lora=None)
-    export(
-        Exported({"params": unflatten_dict(tree, sep="/")}, whole, tokenizer, {"run": "random"}), "hf", out, "bfloat16"
-    )
+    exported = Exported({"params": unflatten_dict(tree, sep="/")}, whole, tokenizer, {})
+    partial = out.with_suffix(".partial")
+    partial.mkdir(parents=True)
+    # By the writer alone: launch.export would also run the model once, to see that float16 holds its numbers.
+    with tqdm(unit="B", unit_scale=True, desc="writing", mininterval=1.0) as bar:
+        files = bundle.write(partial, exported, "float16", bar.update)
+    receipt.write(partial, format_version=FORMAT_VERSION, format="hf", files=files)
+    partial.rename(out)
 
 
 def ask(url: str, tokens: int, film: Path | None) -> str:
@@ -86,16 +98,15 @@ def main() -> int:
         parser.add_argument(name, type=Path)
     parser.add_argument("--tokens", type=int, default=16, help="To write.")
     given = parser.parse_args()
-    bundle = given.folder / "bundle"
-    if not bundle.exists():
-        given.folder.mkdir(parents=True, exist_ok=True)
-        write(bundle, given.tokenizer)
+    folder = given.folder / "bundle"
+    if not folder.exists():
+        write(folder, given.tokenizer)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--device=cpu", "--dtype=bfloat16", "--slots=1", "--timeout=86400", f"--port={port}"]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([sys.executable, "-m", "rad_jax.serving", str(bundle), *options], cwd=ROOT) as server:
+    with subprocess.Popen([sys.executable, "-m", "rad_jax.serving", str(folder), *options], cwd=ROOT) as server:
         try:
             while server.poll() is None:
                 with contextlib.suppress(httpx.TransportError):
