@@ -111,6 +111,8 @@ class Checkpointer:
             try:
                 found = self._read(step, like)
             except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+                if distributed.says_lost(error) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # a process that is gone, or too little memory: the checkpoint may be sound
                 damaged[step] = str(error).strip().split("\n")[0][:200]
                 if jax.process_count() > 1:  # the others may be waiting for what this one could not read
                     self._leave_for(step, steps, damaged)

@@ -214,7 +214,7 @@ def end(error: BaseException) -> None:
     """
     if not _joined():
         return
-    if _says_lost(error):
+    if says_lost(error):
         print(
             "error: another process of this job has ended: see what it wrote, and start all of them again.",
             file=sys.stderr,
@@ -242,7 +242,7 @@ def _joined() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _says_lost(error: BaseException) -> bool:
+def says_lost(error: BaseException) -> bool:
     """Whether an error, or the one behind it, comes of a process that is gone."""
     seen: BaseException | None = error
     while seen is not None:

@@ -238,9 +238,7 @@ class BadRows:
 
     def __init__(self, workdir: Path, names: Callable[[Sequence[int]], list[str]], limit: float):
         self._file, self._names, self._limit = workdir / "bad_rows.jsonl", names, limit
-        self._listed: set[int] = set()
-        if self._file.is_file():
-            self._listed.update(json.loads(line)["row"] for line in self._file.read_text().splitlines())
+        self._listed: set[int] = {row["row"] for row in metrics.lines(self._file)}
         self.total = self._rows = 0
 
     def see(self, step: int, rows: int, bad: int, which: Callable[[], Sequence[int]]) -> None:

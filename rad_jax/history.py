@@ -56,7 +56,7 @@ class History:
         """ "running", "finished", "stopped" (told to, or on an error), or "killed"."""
         if self.holder:
             return "running"
-        if self.step >= self.steps:
+        if any(start.event.get("finished") for start in self.starts):
             return "finished"
         return "stopped" if self.starts and "ended" in self.starts[-1].event else "killed"
 
@@ -117,6 +117,7 @@ def read(workdir: Path, now: float | None = None) -> History:
         UserError: `workdir` is no run.
     """
     record, now = checkpoint.read_config(workdir), time.time() if now is None else now
+    steps = record["config"].get("steps", 0)
     rows, holder = metrics.lines(workdir / "metrics.jsonl"), guards.holder(workdir)
     events = metrics.lines(workdir / "starts.jsonl")
     begins = [event for event in events if event["event"] == "start"]
@@ -128,11 +129,17 @@ def read(workdir: Path, now: float | None = None) -> History:
         last = max([event["time"], *(row["time"] for row in (*own, *ends))])
         if place + 1 == len(begins) and holder:
             last = now
-        starts.append(Start({**event, **({"ended": True} if ends else {})}, own, last))
+        told = {"ended": True, "finished": ends[-1].get("finished", ends[-1]["step"] >= steps)} if ends else {}
+        starts.append(Start({**event, **told}, own, last))
+    counting: dict[int, Row] = {}
+    for start in starts:
+        # What a start had done after the checkpoint that this one goes on from counts no more.
+        counting = {step: row for step, row in counting.items() if step <= start.event["step"]}
+        counting |= {row["step"]: row for row in start.rows}
     return History(
         workdir=workdir,
-        steps=record["config"].get("steps", 0),
-        rows=metrics.read(workdir),
+        steps=steps,
+        rows=list(counting.values()),
         starts=starts,
         holder=holder,
         evaluations=metrics.lines(workdir / "evaluations.jsonl"),

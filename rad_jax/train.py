@@ -121,13 +121,15 @@ def run(
     Raises:
         UserError: another job has the folder, no checkpoint there can be used, too many steps had to be skipped, or too many rows are bad.
     """
+    beside = beside or Beside()
     optimizer = optim.optimizer(config.optimizer, config.steps)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(guards.lock(workdir))
-        guards.check_clock(workdir)
+        with beside.stop.at_once():
+            stack.enter_context(guards.lock(workdir))
+            guards.check_clock(workdir)
         stack.enter_context(jax.set_mesh(mesh))
-        around = surrounded(config, workdir, mesh, corpus_fingerprint, beside or Beside(), stack)
-        with around.phases("start"), around.beside.stop.at_once():
+        around = surrounded(config, workdir, mesh, corpus_fingerprint, beside, stack)
+        with around.phases("start"), beside.stop.at_once():
             state, frozen = initial(config, task, optimizer, base, mesh, around.watchdog.beat)
             state = resume(around.checkpoints, state, batches, corpus_fingerprint, workdir)
             started(workdir, state, frozen, mesh)
@@ -140,16 +142,17 @@ def run(
             int(state.step),
             updates,
             around.phases,
-            around.beside.names,
-            around.beside.writers,
-            around.beside.bad_rows,
+            beside.names,
+            beside.writers,
+            beside.bad_rows,
         )
         with contextlib.closing(log), nn.logical_axis_rules(sharding.RULES):
             last = loop(config, step, state, frozen, batches, log, around)
         around.checkpoints.wait()
+        finished = last >= config.steps and not owes_score(config, last, around)
         if distributed.first():
-            metrics.event(workdir, {"event": "end", "step": last, "phases": around.phases.seconds()})
-    finished = last >= config.steps
+            record = {"event": "end", "step": last, "finished": finished, "phases": around.phases.seconds()}
+            metrics.event(workdir, record)
     if distributed.first() and finished:
         metrics.plot(workdir)
     return finished
@@ -186,9 +189,12 @@ def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, 
     """
     beside, checkpoints = around.beside, around.checkpoints
     number = first = int(state.step)
-    stops, profile, saved = False, telemetry.Profile(around.workdir, beside.profile), _now()
-    for number in range(first + 1, config.steps + 1):
-        batch = sharding.place_batch(log.fetch(batches), around.mesh)
+    profile, saved = telemetry.Profile(around.workdir, beside.profile), _now()
+    # An evaluation that was broken off, by a signal or a kill, is made up for.
+    stops = first > 0 and owes_score(config, first, around) and not evaluate(first, state, frozen, log, around)
+    for number in range(first + 1, config.steps + 1) if not stops else ():
+        with beside.stop.at_once() if number == first + 1 else contextlib.nullcontext():
+            batch = sharding.place_batch(log.fetch(batches), around.mesh)
         if number == first + 1:
             with around.phases("compile"), around.watchdog.patient(), beside.stop.at_once():
                 step = step.lower(state, frozen, batch).compile()
@@ -199,7 +205,7 @@ def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, 
         profile.after(number, numbers)
         stops = beside.stop.reached()
         last = number == config.steps
-        evaluates = beside.evaluate is not None and (last or number % config.evaluate.every == 0)
+        evaluates = scores(config, number, around)
         logs = number % config.log_every == 0 or number == 1
         saves = stops or evaluates or last or number % config.checkpoint_every == 0
         if logs and config.checkpoint_minutes:  # all processes ask, and the first one's clock says
@@ -212,16 +218,34 @@ def loop(config: Any, step: Any, state: TrainState, frozen: Tree, batches: Any, 
                 checkpoints.save(state, {"batches": batches.get_state(), "fingerprint": around.fingerprint})
             saved, stops = _now(), stops or beside.stop.reached()
         if evaluates and not stops:
-            with log.aside("evaluate"), beside.stop.at_once(checkpoints.wait):
-                stops = not evaluate(number, state, frozen, around)
+            stops = not evaluate(number, state, frozen, log, around)
         if stops:
             break
     profile.close()
     return number
 
 
-def evaluate(number: int, state: TrainState, frozen: Tree, around: Around) -> bool:
+def scores(config: Any, number: int, around: Around) -> bool:
+    """Whether the weights of this step are scored."""
+    due = number == config.steps or number % max(config.evaluate.every, 1) == 0
+    return around.beside.evaluate is not None and due
+
+
+def owes_score(config: Any, number: int, around: Around) -> bool:
+    """Whether this step is done and its score is missing: the evaluation was broken off. Process 0 has the file."""
+    if not scores(config, number, around):
+        return False
+    rows = metrics.lines(around.workdir / "evaluations.jsonl") if distributed.first() else []
+    return not distributed.of_first(any(row["step"] == number for row in rows))
+
+
+def evaluate(number: int, state: TrainState, frozen: Tree, log: RunLog, around: Around) -> bool:
     """Scores the weights of a step that is saved, and keeps its checkpoint if none before was better; False when told to stop meanwhile."""
+    with log.aside("evaluate"), around.beside.stop.at_once(around.checkpoints.wait):
+        return scored(number, state, frozen, around)
+
+
+def scored(number: int, state: TrainState, frozen: Tree, around: Around) -> bool:
     beside, checkpoints = around.beside, around.checkpoints
     assert beside.evaluate is not None
 

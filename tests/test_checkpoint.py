@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from rad_jax import checkpoint, goodput, guards, metrics, optim, tasks, train
+from rad_jax import checkpoint, goodput, guards, history, metrics, optim, tasks, train
 from rad_jax.checkpoint import Checkpointer, load_run
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
@@ -294,6 +294,24 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(training, chain, 
     assert load_run(workdir).sha256 == load_run(chain / "lm").sha256
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Gloo all-gather failed: Connection closed by peer"), RuntimeError("RESOURCE_EXHAUSTED: 8 GiB")],
+    ids=["a process is gone", "no memory"],
+)
+def test_checkpoint_that_could_not_be_read_for_another_reason_is_kept(training, chain, tmp_path, monkeypatch, error):
+    workdir = tmp_path / "lm"
+    shutil.copytree(chain / "lm", workdir)
+
+    def read(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_read", read)
+    with pytest.raises(RuntimeError, match=str(error)):
+        training.run(training.config("lm"), workdir)
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"] and not (workdir / "damaged").exists()
+
+
 @pytest.mark.slow
 def test_checkpoint_without_one_of_its_files_gives_way_too(training, chain, tmp_path, capsys):
     workdir = tmp_path / "lm"
@@ -381,7 +399,7 @@ def test_best_so_far_counts_no_more_where_it_was_measured_otherwise(tmp_path, ca
         beside = train.Beside(evaluate=lambda *_, found=found: found)
         around: Any = train.Around(tmp_path, None, "", kept, phases, watchdog, beside)  # type: ignore[arg-type]
         with phases("evaluate"):
-            assert train.evaluate(number, state, {}, around)
+            assert train.scored(number, state, {}, around)
         best.append(kept.best["step"])
     assert best == [0, 0, 2, 3, 4, 5]
     lines = capsys.readouterr().err.splitlines()
@@ -396,7 +414,7 @@ def test_best_so_far_counts_no_more_where_it_was_measured_otherwise(tmp_path, ca
     kept.best = {"step": 1, **{key: value for key, value in row.items() if key != "slice"}, "value": 0.5}
     beside = train.Beside(evaluate=lambda *_: {**row, "value": 0.4})
     around = train.Around(tmp_path, None, "", kept, phases, watchdog, beside)  # type: ignore[arg-type]
-    train.evaluate(7, state, {}, around)
+    train.scored(7, state, {}, around)
     assert kept.best["step"] == 1
 
 
@@ -446,6 +464,32 @@ def test_evaluation_that_is_broken_off_stops_the_run_which_is_saved(training, tm
     training.run(config, tmp_path / "run", beside=train.Beside(evaluate=lambda *_: None))
     assert load_run(tmp_path / "run").step == 2
     assert not (tmp_path / "run" / "best.json").exists()
+
+
+def test_evaluation_that_was_broken_off_is_made_up_for(training, tmp_path):
+    """Also the last one's, without which a run is not finished."""
+    config, run = training.config("lm", steps=4), tmp_path / "run"
+    config.evaluate.every = 2
+    row = {"metric": "f1", "low": 0.0, "high": 1.0, "signature": "a", "slice": "validation", "studies": 8}
+    answers = iter([None, {**row, "value": 0.6}, None, None, {**row, "value": 0.5}])
+    seen = []
+
+    def evaluate(trainable, *_):
+        seen.append(checkpoint.content_hash(jax.device_get(trainable)))
+        return next(answers)
+
+    found = []
+    for _ in range(4):
+        training.run(config, run, beside=train.Beside(evaluate=evaluate))
+        found.append([row["step"] for row in metrics.lines(run / "evaluations.jsonl")])
+    assert found == [[], [2], [2], [2, 4]]
+    assert seen[0] == seen[1] != seen[2] == seen[3] == seen[4]  # of the weights that were saved
+    ends = [row["finished"] for row in metrics.lines(run / "starts.jsonl") if row["event"] == "end"]
+    assert ends == [False, False, False, True]
+    best = checkpoint.read_best(run)
+    assert best is not None and best["step"] == 2
+    assert history.read(run).state == "finished"
+    training.run(config, run, beside=train.Beside(evaluate=evaluate))  # owes nothing: `answers` is not asked
 
 
 def test_checkpoint_by_time(training, tmp_path, monkeypatch):

@@ -405,10 +405,10 @@ def test_flags_of_a_job(monkeypatch):
     ],
 )
 def test_loss_of_a_process_is_told_from_other_errors(error, said):
-    assert distributed._says_lost(error) == said
+    assert distributed.says_lost(error) == said
     outer = KeyError("restoring")
     outer.__cause__ = error
-    assert distributed._says_lost(outer) == said
+    assert distributed.says_lost(outer) == said
 
 
 def test_one_process_alone_ends_as_ever():

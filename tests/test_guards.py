@@ -164,6 +164,8 @@ def test_bad_rows_are_listed_once_and_too_many_end_a_run(tmp_path):
     bad = guards.BadRows(tmp_path, names, limit=0.002)
     bad.see(1, 100, 0, lambda: pytest.fail("asked without need"))
     bad.see(2, 100, 2, lambda: [7, 3])  # one in a hundred, but of too few rows to judge
+    with (tmp_path / "bad_rows.jsonl").open("a") as file:
+        file.write('{"step": 5, "ro')  # of a line that a full disk, or a kill, has cut
     again = guards.BadRows(tmp_path, names, limit=0.002)  # the run starts again
     again.see(9, 1500, 3, lambda: [7, 11, 7])
     listed = [{"step": 2, "row": 3, "id": "film3"}, {"step": 2, "row": 7, "id": "film7"}]

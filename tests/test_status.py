@@ -89,9 +89,22 @@ def test_states(run):
     assert history.read(run, now=1300.0).state == "killed"
     rows = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(rows + json.dumps(row(100, 1400.0, 1.0)) + "\n")
-    found = history.read(run, now=2000.0)
-    assert found.state == "finished"
+    assert history.read(run, now=2000.0).state == "killed"  # before the last step was saved and scored
+    end = {"time": 1410.0, "event": "end", "step": 100, "phases": {}}
+    for finished, state in ((False, "stopped"), (True, "finished")):
+        lines = [*events[:-1], json.dumps({**end, "finished": finished}) + "\n"]
+        (run / "starts.jsonl").write_text("".join(lines))
+        found = history.read(run, now=2000.0)
+        assert found.state == state
     assert "left " not in status.page(found, None)
+
+
+def test_what_was_done_after_the_checkpoint_counts_no_more(run):
+    """From the restart on, before its first row."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    found = history.read(run, now=2000.0)
+    assert (found.step, [row["step"] for row in found.rows]) == (20, [10, 20])
 
 
 def test_page_says_what_people_ask(run):

@@ -113,6 +113,7 @@ class Campaign:
                 left = left[1:] if left and not finished else left
                 print(f"{self._processes} processes: {len(left)} faults left", flush=True)
         found = [self._compare(whole, run) for run in runs[1:]]
+        self.wrong += [f"{run.name}: a checkpoint was put aside" for run in runs if (run / "damaged").exists()]
         return {
             "bit_equal": all(equal for equal, _, _ in found),
             "lost_records": sum(lost for _, lost, _ in found),
