@@ -8,7 +8,7 @@
 A stage that several arms share is trained once, and once per seed where the sweep says that seeds change it. The same command again goes on
 where it stopped: finished steps are in OUT/steps.json, and a training that was interrupted goes on from its checkpoint. Told to stop
 (SIGTERM), it hands that on to the running command, which saves, and ends with status 42. --dry_run prints every command, and how long all
-of them may take. With --via the commands run elsewhere, in folders that are seen here too.
+of them may take. With --via the commands run elsewhere, in folders that are seen here too; corpora are packed here.
 
 When a command fails, what needs it is left out, the other arms go on, and what failed is listed at the end, with exit status 1; the same
 command again tries it again. Before anything is run every command's config is made, and bases and corpora that are missing are named.
@@ -229,7 +229,10 @@ class Runner:
             self._running.terminate()
 
     def command(self, step: Step) -> list[str]:
-        return [*self._via, *step.command]
+        here = (
+            step.command[0] == "launch.pack"
+        )  # the work of one machine: on a slice every host would write the same corpus
+        return [*([sys.executable, "-m"] if here else self._via), *step.command]
 
     def __call__(self, step: Step) -> int:
         """A command's exit status; a training that is told to restart is."""

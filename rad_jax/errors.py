@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rad_jax import FORMAT_VERSION
@@ -75,9 +76,11 @@ def run(main: Callable[[Sequence[str]], int | None], positional: bool = False) -
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the command with one line on stderr and exit status 2."""
+    """Ends the command with one line on stderr and exit status 2, and makes the file that $RAD_REFUSED names, if it names one."""
     from rad_jax import distributed
 
+    if refused := os.environ.get("RAD_REFUSED"):
+        Path(refused).touch()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     distributed.leave(2)
     sys.exit(2)

@@ -1,5 +1,6 @@
 """Fleets: what is rendered fits configs/hardware.py and passes linters, and a dry run prints every command."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 from configs import hardware
 from launch import pod
+from rad_jax import errors
 from rad_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +102,34 @@ def test_batch_script_has_a_process_per_gpu(machine, nodes):
         assert f"#SBATCH {line}" in lines
     (run,) = (line for line in lines if line.startswith("srun"))
     assert "'--workdir=/mnt/rad/run with blank' --multihost ||" in run
+
+
+@pytest.mark.parametrize(
+    ("srun", "requeued"),
+    [
+        ("exit 42", True),
+        ("exit 143", True),
+        ("exit 0", False),
+        ("exit 2", False),
+        ('touch "$RAD_REFUSED"; exit 134', False),
+    ],
+)
+def test_batch_job_goes_back_into_the_queue(tmp_path, srun, requeued):
+    """After a notice or a kill; not where a process has ended with 2, though the highest status is that of another one."""
+    for name, text in (("srun", srun), ("scontrol", 'echo "$*" >requeued')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job").write_text(pod.sbatch(job("slurm", "h100-8")))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    subprocess.run(["bash", "job"], cwd=tmp_path, env=environment, timeout=30)
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_process_that_ends_with_2_leaves_a_file_for_the_batch_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAD_REFUSED", str(tmp_path / "refused"))
+    with pytest.raises(SystemExit) as ended:
+        errors.fail("the disk is full.")
+    assert ended.value.code == 2 and (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("where", ["tpu-vm", "queued"])

@@ -100,6 +100,12 @@ def test_a_config_that_cannot_be_made_ends_before_anything_runs(tmp_path):
         sweep.plan(config, tmp_path, tmp_path, {})
 
 
+def test_corpora_are_packed_here_whatever_via_says():
+    run = sweep.Runner(["elsewhere"], os.environ)
+    commands = [run.command(sweep.Step(name, (name, "--flag"))) for name in ("launch.pack", "launch.train")]
+    assert commands == [[sys.executable, "-m", "launch.pack", "--flag"], ["elsewhere", "launch.train", "--flag"]]
+
+
 def test_what_is_finished_is_not_run_again(tmp_path, capfd):
     """A training that is told to restart is; after a failure what needs it is left out, and the others go on."""
     script = (

@@ -6,6 +6,7 @@
 # CACHE   folder for compiled programs; may be shared, process 0 alone writes. Default: no cache.
 # NOTICE  "gce": ask this machine's metadata server whether it is about to be taken away, and tell the command (SIGTERM).
 # PIDFILE file with the number of the process; one that still runs there, as after a broken connection, is told to stop first.
+# RAD_REFUSED file that the command makes where it ends with status 2, for a launcher that is told one status for many processes.
 # PYTHON  default: python3.
 set -euo pipefail
 
