@@ -347,7 +347,11 @@ def test_buckets_are_mounted_so_that_folders_can_be_renamed():
     (volume, _) = yaml.safe_load(pod.jobset(job()))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
         "spec"
     ]["volumes"]
-    assert volume["csi"]["volumeAttributes"] == {"bucketName": "BUCKET", "mountOptions": f"implicit-dirs,{limit}"}
+    assert volume["csi"]["volumeAttributes"] == {
+        "bucketName": "BUCKET",
+        "hostNetworkPodKSA": "true",
+        "mountOptions": f"implicit-dirs,{limit}",
+    }
     assert f'gcsfuse --implicit-dirs --{limit} "$bucket" "$mount"' in (ROOT / "launch/pods/setup.sh").read_text()
 
 
