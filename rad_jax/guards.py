@@ -35,8 +35,12 @@ Sign = dict[str, Any]
 def say(message: str) -> None:
     """One line on stderr, from process 0."""
     if distributed.first():
-        tqdm.write(f"note: {message}", file=sys.stderr)  # beside the progress bar
-        sys.stderr.flush()
+        _write(f"note: {message}")
+
+
+def _write(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # beside the progress bar
+    sys.stderr.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the folder
@@ -306,7 +310,7 @@ class Spikes:
 
 
 class SlowData:
-    """Says, once each time it begins, that a run waits for its data."""
+    """Says, once each time it begins, that this process waits for its data, as each of a job may: the others then wait for it."""
 
     def __init__(self) -> None:
         self._slow = False
@@ -314,8 +318,11 @@ class SlowData:
     def see(self, share: float) -> None:
         """`share` of the time between two logs that was waited."""
         if share > SLOW and not self._slow:
-            say(
-                f"{share:.0%} of the time is waiting for data: raise --config.data.num_threads, or put the corpus on a faster disk."
+            import jax
+
+            who = "" if distributed.first() else f" of process {jax.process_index()}"
+            _write(
+                f"note: {share:.0%} of the time{who} is waiting for data: raise --config.data.num_threads, or put the corpus on a faster disk."
             )
         self._slow = share > SLOW
 

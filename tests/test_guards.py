@@ -199,6 +199,14 @@ def test_slow_data_is_said_once_each_time(capsys):
     assert "raise --config.data.num_threads" in lines[0]
 
 
+def test_slow_data_of_another_process_is_said_by_itself(capsys, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    guards.SlowData().see(0.5)
+    assert capsys.readouterr().err.startswith("note: 50% of the time of process 3 is waiting for data: ")
+
+
 def test_standstill_is_said_with_stacks_and_ends_the_process(tmp_path):
     ended = threading.Event()
     status: list[int] = []
