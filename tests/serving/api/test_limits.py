@@ -178,15 +178,40 @@ def test_an_old_dicom_without_a_preamble(reader, made, whole):
     np.testing.assert_array_equal(reader.decode(bare, "window").pixels, reader.decode(given, "window").pixels)
 
 
-def test_a_deflated_dicom_is_refused(reader, made):
+def deflated(made) -> bytes:
     import pydicom
 
     dataset = pydicom.dcmread(io.BytesIO(made.dicom()))
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(headers.DEFLATED)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_a_header_without_types_hides_nothing(reader, made):
+    """As implicit little endian, which the standard does not allow there and pydicom reads."""
+    uid = headers.DEFLATED.encode()
+    own = struct.pack("<HHLL", 2, 0, 4, 8 + len(uid)) + struct.pack("<HHL", 2, 16, len(uid)) + uid
+    data, start = deflated(made), 132 + 12
+    (length,) = struct.unpack_from("<L", data, start - 4)
     with pytest.raises(UserError, match="deflated"):
-        reader.decode(buffer.getvalue(), "window")
+        reader.decode(data[:132] + own + data[start + length :], "window")
+
+
+@pytest.mark.parametrize("preamble", [b"", *headers.BARE], ids=["empty", "group 2", "group 8"])
+def test_a_preamble_hides_nothing(reader, made, preamble):
+    """Its 128 bytes may be anything, also the beginning of a file without one."""
+
+    def behind(data: bytes) -> bytes:
+        return preamble + data[len(preamble) :]
+
+    plain = made.dicom()
+    np.testing.assert_array_equal(reader.decode(behind(plain), "window").pixels, reader.decode(plain, "window").pixels)
+    with pytest.raises(UserError, match="deflated"):
+        reader.decode(behind(deflated(made)), "window")
+    head = b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 60000, 60000, 1) + bytes([1, 0x11, 0])
+    with pytest.raises(UserError, match="another size"):
+        reader.decode(behind(encapsulated(made, head, JPEG_BASELINE)), "window")
 
 
 def test_several_frames_and_colour(reader, made):
