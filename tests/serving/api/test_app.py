@@ -351,20 +351,44 @@ def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
     assert "PATIENT" not in errors
 
 
-def test_an_audit_log_that_cannot_be_written_stops_the_answers(serve, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("partly", [False, True], ids=["not at all", "in part"])
+def test_an_audit_log_that_cannot_be_written_stops_the_answers_until_a_restart(
+    serve, tmp_path, monkeypatch, capsys, partly
+):
     served = serve(audit=tmp_path / "audit.jsonl")
     body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def post(url=served.url):
+        return httpx.post(f"{url}/v1/chat/completions", json=body).status_code
+
+    assert post() == 200
+    write = os.write
+
+    def full(file, data):
+        if not partly:
+            raise OSError(28, "No space left on device")
+        return write(file, data[:10])
 
     monkeypatch.setattr(audit.os, "write", full)
-    httpx.post(f"{served.url}/v1/chat/completions", json=body)  # its line is the one that is lost
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 503
-    assert httpx.get(f"{served.url}/readyz").status_code == 503
+    assert post() == 200  # its line is the one that is lost
+    assert post() == 503
     monkeypatch.undo()
-    assert "No space left" in capsys.readouterr().err
+    assert post() == 503 and post() == 503  # there is room again, and lines of these refusals
+    assert httpx.get(f"{served.url}/readyz").status_code == 503
+    assert ("only a part" if partly else "No space left") in capsys.readouterr().err
+    served.stop()
+    with open(tmp_path / "audit.jsonl", "ab") as file:
+        file.write(b'{"time": "20')
+    again = serve(audit=tmp_path / "audit.jsonl")
+    assert post(again.url) == 200
+    again.stop()
+    found = []
+    for line in (tmp_path / "audit.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line)["status"])
+        except ValueError:
+            found.append("torn")
+    assert found == [200, *["torn"] * (2 if partly else 0), 503, 503, "torn", 200]
 
 
 def test_the_plain_routes(plain):
