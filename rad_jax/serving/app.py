@@ -41,7 +41,7 @@ class Settings:
         tokens: names by the SHA-256 of their tokens (`access.read_tokens`); None: this machine alone, and anybody on it.
         audit: file of the audit log.
         dicom: how a DICOM's grey values are made, one of `images.DICOM_STYLES`.
-        timeout: seconds that a request may take.
+        timeout: seconds that a request may take, until its client has read its answer.
     """
 
     tokens: Mapping[str, str] | None = None
@@ -80,6 +80,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_middleware(limits.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
     app.add_middleware(audit.Recorder, audit=log, seen=service.metrics.seen)
+    app.add_middleware(limits.Unread, seconds=settings.timeout)
     return app
 
 
@@ -143,11 +144,16 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """Uvicorn's, which would wait for ever for the head of a request: one that has not come whole in time closes the connection."""
+    """Uvicorn's, which would wait for ever for the head of a request, and for the end of an answer to be read.
+
+    A head that has not come whole in time closes the connection, and one that is closed is cut when nothing more of its answer is read.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}  # for `limits.Unread`
         self._last: Any = None
+        self._unread = 0
         self._look_again()
 
     def _look_again(self) -> None:
@@ -155,10 +161,14 @@ class Connection(H11Protocol):
 
     def _look(self) -> None:
         if self.transport.is_closing():
+            before, self._unread = self._unread, self.transport.get_write_buffer_size()
+            if before and self._unread >= before:
+                self.transport.abort()
+            elif self._unread:
+                self._look_again()
             return
         if self.conn.their_state is h11.IDLE and self.cycle is self._last:  # no head since the last look
             self.transport.close()
-            return
         self._last = self.cycle
         self._look_again()
 

@@ -46,7 +46,10 @@ OPTIONS = (
     Option("certificate", str, None, "PEM file, to speak TLS; with --key."),
     Option("key", str, None, "PEM file of the certificate's key."),
     Option(
-        "timeout", int, 120, "Seconds that a request may take, from its first byte on: upload and waiting included."
+        "timeout",
+        int,
+        120,
+        "Seconds that a request may take, from its first byte on: upload, waiting and the sending of its answer included.",
     ),
     Option("queue", int, 64, "Requests that may wait; further ones get 429."),
     Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
