@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, decoder, films, offline
+from rad_jax.serving import access, app, audit, decoder, films, offline
 from rad_jax.serving import command as commands
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -321,7 +321,7 @@ asyncio.run(listen())
     assert done.stdout.splitlines() == [*expected, "1 True True", "asked"], done.stderr
 
 
-def test_decoders_and_a_batch_are_offline_too(monkeypatch):
+def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
     called = []
     monkeypatch.setattr(offline, "forbid", lambda *names: called.append(names))
     monkeypatch.setattr(decoder, "load_codecs", lambda: called.append("codecs"))
@@ -334,6 +334,11 @@ def test_decoders_and_a_batch_are_offline_too(monkeypatch):
     options = {option.name: option.default for option in commands.OPTIONS}
     assert commands.run("bundle", options, ("in.csv", "out.jsonl")) == 0
     assert called[2:] == [(), "loaded"]
+    monkeypatch.setattr(app, "check_port", lambda *_: None)
+    monkeypatch.setattr(app, "create_app", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda *_, **__: called.append("served") or 0)
+    assert commands.run("bundle", options, None) == 0
+    assert called[4:] == [(("127.0.0.1",),), "loaded", "served"]
 
 
 def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):

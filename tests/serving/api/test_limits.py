@@ -392,6 +392,7 @@ def test_a_film_that_waits_too_long(serve, made, path):
     answer = httpx.post(f"{served.url}/v1/{path}", files={"file": made.png(made.grey())}, timeout=20)
     done.set()
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert "504" in served.app.openapi()["paths"][f"/v1/{path}"]["post"]["responses"]
     assert served.engine.stats()["requests_total"] == 0
 
 
