@@ -11,7 +11,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.formparsers import MultiPartParser
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -75,7 +75,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(chat_api.router(service))
     app.include_router(findings_api.router(service))
     add_plain_routes(app, service)
-    complete_document(app)
+    complete_document(app, info.name if settings.tokens is None else None)
     MultiPartParser.spool_max_size = limits.BODY + 1  # over this it would write to disk; no body comes so far
     app.add_middleware(limits.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
@@ -97,10 +97,14 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["watch"], responses=errors.responses(403, 503))
-    async def readyz() -> dict[str, Any]:
-        """The model is loaded and requests are taken."""
-        service.check()
-        return {"status": "ready", **dataclasses.asdict(service.engine.info)}
+    async def readyz(http: Request) -> dict[str, Any]:
+        """The model is loaded and requests are taken. Which model, or why not, is told to who has a token, where there are tokens."""
+        trusted = http.state.trusted
+        try:
+            service.check()
+        except errors.ApiError as error:
+            raise error if trusted else errors.ApiError(503, "not ready.", code="not_ready") from None
+        return {"status": "ready", **(dataclasses.asdict(service.engine.info) if trusted else {})}
 
     @app.get("/metrics", tags=["watch"], response_class=Response, responses=errors.responses(401, 403))
     async def metrics() -> Response:
@@ -108,8 +112,13 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def complete_document(app: FastAPI) -> None:
-    """Says in the OpenAPI document which model there is and that routes take a bearer token; leaves out the 422 that is never given."""
+def complete_document(app: FastAPI, model: str | None) -> None:
+    """Says in the OpenAPI document that routes take a bearer token, and which model there is; leaves out the 422 that is never given.
+
+    Args:
+        app: whose document it is.
+        model: its name; None where only who has a token may know it, for the document is for everybody.
+    """
     made: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -117,7 +126,8 @@ def complete_document(app: FastAPI) -> None:
             return app.openapi_schema
         document = made()
         schemas = document["components"]["schemas"]
-        schemas["ChatRequest"]["properties"]["model"]["enum"] = [app.state.service.engine.info.name]
+        if model is not None:
+            schemas["ChatRequest"]["properties"]["model"]["enum"] = [model]
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
             for route in methods.values():

@@ -110,7 +110,14 @@ class Recorder:
         request, start = uuid.uuid4().hex, time.perf_counter()
         record: dict[str, Any] = {}
         began = asyncio.get_running_loop().time()
-        scope["state"] = {**scope.get("state", {}), "request": request, "record": record, "who": None, "began": began}
+        scope["state"] = {
+            **scope.get("state", {}),
+            "request": request,
+            "record": record,
+            "who": None,
+            "trusted": True,
+            "began": began,
+        }
         status = sent = 0
 
         async def count(message: Message) -> None:

@@ -16,8 +16,9 @@ HELP = """Serves an exported bundle: findings for chest radiographs, on this mac
 
 BUNDLE is what launch.export --format=hf wrote. How much memory it needs is said before it is loaded. Then
 http://127.0.0.1:8000/ is a page to try it, /v1/chat/completions speaks as OpenAI does, /v1/findings takes a DICOM, PNG or JPEG and the
-reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it. SIGTERM lets what is
-being written end. When the card fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
+reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it; with --tokens
+/readyz tells which model there is, and why it is not ready, to who has one. SIGTERM lets what is being written end. When the card
+fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
 
 Only this machine is answered, unless there are --tokens: a file of names and hashes. --add_token adds one, shows it once, and ends.
 stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.

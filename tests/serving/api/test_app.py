@@ -408,6 +408,7 @@ def test_the_plain_routes(plain):
     assert {"/v1/chat/completions", "/v1/findings", "/v1/film", "/readyz"} <= document["paths"].keys()
     assert "event: piece" in json.dumps(document["paths"]["/v1/findings"])
     assert "422" not in json.dumps(document)
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["scripted"]
 
 
 def test_the_page_may_ask_this_server_alone(plain):
@@ -438,8 +439,9 @@ def test_tokens(serve, tmp_path):
         assert answer.json()["error"]["code"] == "invalid_api_key"
     for path in ("/metrics", "/v1/models", "/nothing"):
         assert httpx.get(served.url + path).status_code == 401
-    for path in ("/healthz", "/readyz", "/openapi.json"):
-        assert httpx.get(served.url + path).status_code == 200
+    for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+        answer = httpx.get(served.url + path)
+        assert answer.status_code == 200 and "scripted" not in answer.text and "ab" * 32 not in answer.text
     openai = pytest.importorskip("openai")
     for token in (first, second):
         served.client(api_key=token).chat.completions.create(**body)
@@ -453,6 +455,26 @@ def test_tokens(serve, tmp_path):
         ("ward-4", 200),
         (None, 401),
     ]
+
+
+def test_readiness_is_told_to_all_and_its_reasons_to_those_with_a_token(serve, tmp_path):
+    token = access.add_token(tmp_path / "tokens.txt", "ward-3")
+    served = serve(tokens=access.read_tokens(tmp_path / "tokens.txt"))
+    known, others = {"Authorization": f"Bearer {token}"}, ({}, {"Authorization": "Bearer rad_no"})
+
+    def ready(headers):
+        answer = httpx.get(f"{served.url}/readyz", headers=headers)
+        return answer.status_code, answer.json()
+
+    assert [ready(other) for other in others] == [(200, {"status": "ready"})] * 2
+    status, told = ready(known)
+    assert status == 200 and told["status"] == "ready" and told["name"] == "scripted" and told["device"] == "cpu"
+    served.app.state.service.audit.broken = True
+    for other in others:
+        status, told = ready(other)
+        assert status == 503 and (told["error"]["message"], told["error"]["code"]) == ("not ready.", "not_ready")
+    status, told = ready(known)
+    assert status == 503 and told["error"]["code"] == "audit"
 
 
 def test_an_unknown_token_is_refused_before_its_body_is_read(serve, tmp_path):
