@@ -48,7 +48,7 @@ class Audit:
         try:
             written = os.write(self._file, line.encode())
         except OSError as error:
-            written, reason = 0, error.strerror
+            written, reason = 0, error.strerror or type(error).__name__
         if written == len(line):
             self._torn = False
             return

@@ -336,8 +336,8 @@ def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
     assert called[2:] == [(), "loaded"]
     monkeypatch.setattr(app, "check_port", lambda *_: None)
     monkeypatch.setattr(app, "create_app", lambda *_: None)
-    monkeypatch.setattr(app, "serve", lambda *_, **__: called.append("served") or 0)
-    assert commands.run("bundle", options, None) == 0
+    monkeypatch.setattr(app, "serve", lambda *_, **__: called.append("served"))
+    commands.run("bundle", options, None)
     assert called[4:] == [(("127.0.0.1",),), "loaded", "served"]
 
 
@@ -358,27 +358,31 @@ def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
 
 @pytest.mark.parametrize("partly", [False, True], ids=["not at all", "in part"])
 def test_an_audit_log_that_cannot_be_written_stops_the_answers_until_a_restart(
-    serve, tmp_path, monkeypatch, capsys, partly
+    serve, made, tmp_path, monkeypatch, capsys, partly
 ):
     served = serve(audit=tmp_path / "audit.jsonl")
     body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+    write, lines, room = os.write, [0], [True]
+
+    def counted(file, data):
+        lines[0] += 1
+        if not room[0] and not partly:
+            raise OSError(28, "No space left on device")
+        return write(file, data if room[0] else data[:10])
 
     def post(url=served.url):
-        return httpx.post(f"{url}/v1/chat/completions", json=body).status_code
+        before = lines[0]
+        status = httpx.post(f"{url}/v1/chat/completions", json=body).status_code
+        assert made.until(lambda: lines[0] > before)  # a line is written after its answer
+        return status
 
+    monkeypatch.setattr(audit.os, "write", counted)
     assert post() == 200
-    write = os.write
-
-    def full(file, data):
-        if not partly:
-            raise OSError(28, "No space left on device")
-        return write(file, data[:10])
-
-    monkeypatch.setattr(audit.os, "write", full)
+    room[0] = False
     assert post() == 200  # its line is the one that is lost
     assert post() == 503
-    monkeypatch.undo()
-    assert post() == 503 and post() == 503  # there is room again, and lines of these refusals
+    room[0] = True
+    assert post() == 503 and post() == 503  # there are lines of these refusals again
     assert httpx.get(f"{served.url}/readyz").status_code == 503
     assert ("only a part" if partly else "No space left") in capsys.readouterr().err
     served.stop()
@@ -460,7 +464,8 @@ def test_tokens(serve, tmp_path):
 def test_readiness_is_told_to_all_and_its_reasons_to_those_with_a_token(serve, tmp_path):
     token = access.add_token(tmp_path / "tokens.txt", "ward-3")
     served = serve(tokens=access.read_tokens(tmp_path / "tokens.txt"))
-    known, others = {"Authorization": f"Bearer {token}"}, ({}, {"Authorization": "Bearer rad_no"})
+    known = {"Authorization": f"Bearer {token}"}
+    others: list[dict[str, str]] = [{}, {"Authorization": "Bearer rad_no"}]
 
     def ready(headers):
         answer = httpx.get(f"{served.url}/readyz", headers=headers)
