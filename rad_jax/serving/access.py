@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rad_jax.errors import UserError
 from rad_jax.serving.errors import ApiError, error_response
 
-# They tell nothing but that the server is there, and how to ask it.
+# Without a token they tell nothing but that the server is there, whether it is ready, and how to ask it.
 OPEN = {"/", "/healthz", "/readyz", "/openapi.json"}
 
 
@@ -94,7 +94,7 @@ def name_of(token: str, tokens: Mapping[str, str]) -> str | None:
 
 @dataclasses.dataclass
 class Guard:
-    """ASGI middleware: tells who asks, before any of the body is read.
+    """ASGI middleware: tells who asks, before any of the body is read; `scope["state"]["trusted"]` is whether it may know all.
 
     Without tokens the server is for this machine alone, and only names of this machine may stand in Host: a page from elsewhere, open in
     a browser here, must not reach it by making its own name point here. Nor may such a page post to it (Origin).
@@ -117,13 +117,11 @@ class Guard:
             if origin is not None and _split(origin).netloc != host:
                 return ApiError(403, "another site's page may not use this server.")
             return None
-        if scope["path"] in OPEN:
-            return None
         kind, _, token = headers.get(b"authorization", "").partition(" ")
         name = name_of(token.strip(), self.tokens) if kind.lower() == "bearer" else None
-        if name is None:
+        if name is None and scope["path"] not in OPEN:
             return ApiError(401, "a valid token is needed: Authorization: Bearer TOKEN.", code="invalid_api_key")
-        scope["state"]["who"] = name
+        scope["state"].update(who=name, trusted=name is not None)
         return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.formparsers import MultiPartParser
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -41,7 +41,7 @@ class Settings:
         tokens: names by the SHA-256 of their tokens (`access.read_tokens`); None: this machine alone, and anybody on it.
         audit: file of the audit log.
         dicom: how a DICOM's grey values are made, one of `images.DICOM_STYLES`.
-        timeout: seconds that a request may take.
+        timeout: seconds that a request may take, until its client has read its answer.
     """
 
     tokens: Mapping[str, str] | None = None
@@ -75,11 +75,12 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(chat_api.router(service))
     app.include_router(findings_api.router(service))
     add_plain_routes(app, service)
-    complete_document(app)
+    complete_document(app, info.name if settings.tokens is None else None)
     MultiPartParser.spool_max_size = limits.BODY + 1  # over this it would write to disk; no body comes so far
     app.add_middleware(limits.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
     app.add_middleware(audit.Recorder, audit=log, seen=service.metrics.seen)
+    app.add_middleware(limits.Unread, seconds=settings.timeout)
     return app
 
 
@@ -96,10 +97,14 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["watch"], responses=errors.responses(403, 503))
-    async def readyz() -> dict[str, Any]:
-        """The model is loaded and requests are taken."""
-        service.check()
-        return {"status": "ready", **dataclasses.asdict(service.engine.info)}
+    async def readyz(http: Request) -> dict[str, Any]:
+        """The model is loaded and requests are taken. Which model, or why not, is told to who has a token, where there are tokens."""
+        trusted = http.state.trusted
+        try:
+            service.check()
+        except errors.ApiError as error:
+            raise error if trusted else errors.ApiError(503, "not ready.", code="not_ready") from None
+        return {"status": "ready", **(dataclasses.asdict(service.engine.info) if trusted else {})}
 
     @app.get("/metrics", tags=["watch"], response_class=Response, responses=errors.responses(401, 403))
     async def metrics() -> Response:
@@ -107,8 +112,13 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def complete_document(app: FastAPI) -> None:
-    """Says in the OpenAPI document which model there is and that routes take a bearer token; leaves out the 422 that is never given."""
+def complete_document(app: FastAPI, model: str | None) -> None:
+    """Says in the OpenAPI document that routes take a bearer token, and which model there is; leaves out the 422 that is never given.
+
+    Args:
+        app: whose document it is.
+        model: its name; None where only who has a token may know it, for the document is for everybody.
+    """
     made: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -116,7 +126,8 @@ def complete_document(app: FastAPI) -> None:
             return app.openapi_schema
         document = made()
         schemas = document["components"]["schemas"]
-        schemas["ChatRequest"]["properties"]["model"]["enum"] = [app.state.service.engine.info.name]
+        if model is not None:
+            schemas["ChatRequest"]["properties"]["model"]["enum"] = [model]
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
             for route in methods.values():
@@ -143,11 +154,16 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """Uvicorn's, which would wait for ever for the head of a request: one that has not come whole in time closes the connection."""
+    """Uvicorn's, which would wait for ever for the head of a request, and for the end of an answer to be read.
+
+    A head that has not come whole in time closes the connection, and one that is closed is cut when nothing more of its answer is read.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}  # for `limits.Unread`
         self._last: Any = None
+        self._unread = 0
         self._look_again()
 
     def _look_again(self) -> None:
@@ -155,10 +171,14 @@ class Connection(H11Protocol):
 
     def _look(self) -> None:
         if self.transport.is_closing():
+            before, self._unread = self._unread, self.transport.get_write_buffer_size()
+            if before and self._unread >= before:
+                self.transport.abort()
+            elif self._unread:
+                self._look_again()
             return
         if self.conn.their_state is h11.IDLE and self.cycle is self._last:  # no head since the last look
             self.transport.close()
-            return
         self._last = self.cycle
         self._look_again()
 

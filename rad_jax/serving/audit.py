@@ -28,36 +28,56 @@ GONE = 499  # the client went away before it had its answer (nginx's number)
 
 
 class Audit:
-    """The audit log: a file that is only added to, a whole line at a time."""
+    """The audit log: a file that is only added to, a whole line at a time. `broken` once a line has been lost, and for good."""
 
     def __init__(self, path: Path | None, **always: str):
-        self._always, self._file, self.broken = always, -1, False
+        self._always, self._file, self.broken, self._torn = always, -1, False, False
         if path:
             try:
                 self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                self._torn = is_torn(path)
             except OSError as error:
                 raise UserError(f"{path}: the audit log cannot be written ({error.strerror}).") from error
 
     def write(self, **fields: Any) -> None:
-        """Adds a line; where that fails, no further request is answered (`check`)."""
+        """Adds a line; once that has failed, no further request is answered (`check`), though its line is still tried."""
         if self._file < 0:
             return
-        line = json.dumps({"time": now(), **fields, **self._always}) + "\n"
+        line = ("\n" if self._torn else "") + json.dumps({"time": now(), **fields, **self._always}) + "\n"
+        reason = "only a part of a line"
         try:
-            self.broken = os.write(self._file, line.encode()) != len(line)
+            written = os.write(self._file, line.encode())
         except OSError as error:
-            self.broken = True
-            say(f"error: the audit log cannot be written ({error.strerror})")
+            written, reason = 0, error.strerror or type(error).__name__
+        if written == len(line):
+            self._torn = False
+            return
+        self._torn = self._torn or written > 0
+        self.broken = True
+        say(f"error: the audit log cannot be written ({reason})")
 
     def check(self) -> None:
-        """Raises ApiError where the last line could not be written."""
+        """Raises ApiError where a line could not be written: until a restart, so that somebody looks at what was lost."""
         if self.broken:
-            raise ApiError(503, "the audit log cannot be written: tell those who run this server.", code="audit")
+            raise ApiError(
+                503,
+                "a line of the audit log was lost: tell those who run this server, to start it again.",
+                code="audit",
+            )
 
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def is_torn(path: Path) -> bool:
+    """Whether a file ends amid a line, which a process, or a disk, that ended while it was written has left."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def now() -> str:
@@ -90,7 +110,14 @@ class Recorder:
         request, start = uuid.uuid4().hex, time.perf_counter()
         record: dict[str, Any] = {}
         began = asyncio.get_running_loop().time()
-        scope["state"] = {**scope.get("state", {}), "request": request, "record": record, "who": None, "began": began}
+        scope["state"] = {
+            **scope.get("state", {}),
+            "request": request,
+            "record": record,
+            "who": None,
+            "trusted": True,
+            "began": began,
+        }
         status = sent = 0
 
         async def count(message: Message) -> None:

@@ -16,8 +16,9 @@ HELP = """Serves an exported bundle: findings for chest radiographs, on this mac
 
 BUNDLE is what launch.export --format=hf wrote. How much memory it needs is said before it is loaded. Then
 http://127.0.0.1:8000/ is a page to try it, /v1/chat/completions speaks as OpenAI does, /v1/findings takes a DICOM, PNG or JPEG and the
-reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it. SIGTERM lets what is
-being written end. When the card fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
+reason for the exam, and /openapi.json tells all of them. /healthz, /readyz and /metrics are for those who run it; with --tokens
+/readyz tells which model there is, and why it is not ready, to who has one. SIGTERM lets what is being written end. When the card
+fails, or three steps in a row do, /readyz says so (503) and the process ends with status 1, to be started again.
 
 Only this machine is answered, unless there are --tokens: a file of names and hashes. --add_token adds one, shows it once, and ends.
 stdout is the access log; neither it nor the --audit log holds text, names of files or tags of a DICOM. Uploads stay in memory.
@@ -46,7 +47,10 @@ OPTIONS = (
     Option("certificate", str, None, "PEM file, to speak TLS; with --key."),
     Option("key", str, None, "PEM file of the certificate's key."),
     Option(
-        "timeout", int, 120, "Seconds that a request may take, from its first byte on: upload and waiting included."
+        "timeout",
+        int,
+        120,
+        "Seconds that a request may take, from its first byte on: upload, waiting and the sending of its answer included.",
     ),
     Option("queue", int, 64, "Requests that may wait; further ones get 429."),
     Option("slots", int, None, "Requests written at once; without it as many as memory holds."),
@@ -132,6 +136,11 @@ def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> i
 
 
 def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> int:
+    from rad_jax.serving import offline
+
+    offline.forbid(
+        (options["host"],)
+    )  # before anything is loaded; `app.serve` does so too, for those who call it alone
     try:
         from rad_jax.serving import access, app
     except ImportError as error:

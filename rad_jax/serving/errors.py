@@ -94,9 +94,13 @@ def described(problems: Iterable[dict[str, Any]]) -> tuple[str | None, str]:
     if first["type"] == "extra_forbidden":
         return None, "the request has a parameter that this server does not know: leave it out (see /openapi.json)."
     places = [str(part) for part in first["loc"][1:]]
+    if places[:1] == ["metadata"]:
+        places = places[:1]  # what follows is a key of the client's
     where = ".".join(places) or None
     if first["type"] == "json_invalid":
         return None, "the request is no valid JSON."
+    if first["type"] == "union_tag_invalid":  # whose message quotes the tag
+        return where, f"{where or 'the request'}: its type is none of those that this server knows (see /openapi.json)."
     return where, f"{where or 'the request'}: {first['msg']}."
 
 

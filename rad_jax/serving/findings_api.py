@@ -127,7 +127,7 @@ def router(service: Service) -> APIRouter:
                     },
                 },
             },
-            **responses(400, 401, 403, 408, 413, 429, 500, 503),
+            **responses(400, 401, 403, 408, 413, 429, 500, 503, 504),
         },
     )
     async def film(

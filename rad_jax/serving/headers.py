@@ -79,14 +79,15 @@ def dicom_header(data: bytes, name: str) -> Header:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = io.BytesIO(data)
-        file.seek(
-            0 if data.startswith(BARE) else 132
-        )  # the group of the file itself is never compressed (PS3.10 section 7.1)
+        # Where pydicom begins too, whatever stands in the preamble. The group of the file itself is never compressed (PS3.10 section 7.1).
+        file.seek(132 if data[128:132] == b"DICM" else 0)
         own = read_dataset(file, False, True, stop_when=lambda tag, _, __: tag >> 16 != 2)
         syntax = str(own.get("TransferSyntaxUID", ""))
         if syntax == DEFLATED:
             raise UserError(f"{name}: a deflated DICOM, which could hold anything: send it uncompressed")
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if str(dataset.file_meta.get("TransferSyntaxUID", "")) != syntax:  # what the decoder goes by
+            raise UserError(f"{name}: damaged or incomplete DICOM")
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise UserError(f"{name}: has several frames, only single films can be read")
         height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)

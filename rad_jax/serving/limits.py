@@ -1,4 +1,4 @@
-"""What a request may hold at most, and the gate that counts its bytes while they arrive."""
+"""What a request may hold at most, and for how long: the gate that counts its bytes while they arrive, and the end of one that is not read."""
 
 import asyncio
 import dataclasses
@@ -20,6 +20,34 @@ DEFAULT_NEW_TOKENS = 256
 
 def megabytes(count: int) -> str:
     return f"{count // 10**6} MB"
+
+
+@dataclasses.dataclass
+class Unread:
+    """ASGI middleware: a client that leaves its answer unread when the request's `seconds` are over is taken for one that has gone.
+
+    Sending waits while what was sent before is not read. `scope["state"]["abort"]`, of `app.Connection`, cuts such a connection; for those
+    within this is a client that has left, and the wait is over.
+    """
+
+    app: ASGIApp
+    seconds: float
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        abort = scope.get("state", {}).get("abort")
+        if scope["type"] != "http" or abort is None:
+            return await self.app(scope, receive, send)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.seconds
+
+        async def within(message: Message) -> None:
+            timer = loop.call_at(deadline, abort)
+            try:
+                await send(message)  # of one that need not wait the timer never rings
+            finally:
+                timer.cancel()
+
+        await self.app(scope, receive, within)
 
 
 @dataclasses.dataclass

@@ -127,9 +127,10 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
     decoders, bodies = (DECODERS * DECODER_BYTES, BODY_BYTES) if card.kind == "cpu" else (0, 0)
     fixed = stored + scratch + allowance + decoders + bodies
     wanted = slots or MOST_SLOTS[card.kind]
+    squares = keeps_squares(card, c, dtype)
 
     def needed(rows: int) -> int:
-        return fixed + rows * slot + temporary_bytes(c, bundle.tower, rows, max_tokens, item)
+        return fixed + rows * slot + temporary_bytes(c, bundle.tower, rows, max_tokens, item, squares)
 
     fitting = bisect.bisect_right(range(1, wanted + 1), card.free, key=needed)
     if not fitting or (slots is not None and fitting < slots):
@@ -145,7 +146,7 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
         weights=weights or dtype,
         weight_bytes=stored,
         slot_bytes=slot,
-        temporary_bytes=temporary_bytes(c, bundle.tower, fitting, max_tokens, item),
+        temporary_bytes=temporary_bytes(c, bundle.tower, fitting, max_tokens, item, squares),
         scratch_bytes=scratch,
         allowance=allowance,
         decoder_bytes=decoders,
@@ -172,16 +173,34 @@ def weight_bytes(bundle: Bundle, weights: str | None, item: int) -> int:
     return total
 
 
-def temporary_bytes(decoder: Decoder, tower: Tower, slots: int, max_tokens: int, item: int) -> int:
+def temporary_bytes(decoder: Decoder, tower: Tower, slots: int, max_tokens: int, item: int, squares: bool) -> int:
     """The most that is alive at once beside weights and cache: a block of the decoder on the prompts taken in together, or one of the
-    tower on their films, and the logits. No attention here keeps a square of the row's length."""
+    tower on their films, and the logits. No attention keeps a square of the row's length but the decoder's where `squares`."""
     d, t = decoder, tower
     rows = min(slots * max_tokens, max(PREFILL_TOKENS, max_tokens))
     heads, turned = (d.heads + 2 * d.kv_heads) * d.head_dim, (d.heads + d.kv_heads) * d.head_dim
-    in_decoder = rows * (2 * d.width + max(heads + turned + 2 * d.width, 3 * d.mlp_dim)) * item
+    attention = rows * (heads + turned + 2 * d.width) * item + (square_bytes(d, max_tokens) if squares else 0)
+    in_decoder = rows * 2 * d.width * item + max(attention, rows * 3 * d.mlp_dim * item)
     films = max(1, rows // (t.patches + 1))
     in_tower = films * (t.patches + 1) * (2 * t.width + max(5 * t.width, 2 * t.mlp_dim)) * item
     return max(in_decoder, in_tower) + slots * d.vocab_size * (item + 4)
+
+
+def keeps_squares(card: Card, decoder: Decoder, dtype: str) -> bool:
+    """Whether PyTorch computes the decoder's attention with the scores of all pairs of tokens in memory.
+
+    With fewer heads of keys than of queries its memory-efficient kernel cannot, and its flash kernel does on cards from 8.0 on and in 16
+    bits alone; on a CPU it always does.
+    """
+    flash = (card.capability or (0, 0)) >= (8, 0) and dtype != "float32"
+    return card.kind == "cuda" and decoder.kv_heads < decoder.heads and not flash
+
+
+def square_bytes(decoder: Decoder, length: int) -> int:
+    """Of that attention, on one prompt, in float32 whatever the dtype: scores before and after softmax and what hides the later tokens;
+    queries, keys and values in full, and the output."""
+    d = decoder
+    return 4 * ((2 * d.heads + 2) * length**2 + 5 * d.heads * d.head_dim * length)
 
 
 def _scratch(bundle: Bundle, weights: str | None, item: int) -> int:

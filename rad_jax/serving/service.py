@@ -30,7 +30,8 @@ class Service:
 
     Attributes:
         dicom: how a DICOM's grey values are made, one of `images.DICOM_STYLES`.
-        seconds: that a request may take, from its first byte on: upload, decoding and waiting included.
+        seconds: that a request may take, from its first byte on: upload, decoding and waiting included (and sending, which
+            `limits.Unread` ends).
         stopping: no further request is taken.
     """
 

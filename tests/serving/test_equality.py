@@ -1,6 +1,7 @@
 """The engine beside JAX: the same texts for films drawn and real, and the same maps of where a word looked."""
 
 import asyncio
+import io
 
 import httpx2 as httpx
 import jax
@@ -78,7 +79,8 @@ def test_50_drawn_films(bundle, engine, tiny_corpus):
 @pytest.mark.slow
 @pytest.mark.parity
 def test_50_real_films(bundle, engine, real, tmp_path):
-    """The last of them are whole files, which are also sent to the server as they are: it must write what JAX writes of their pixels."""
+    """All go through the server too, as PNGs of their pixels, and the last of them, which are whole files, also as they are: it must write
+    what JAX writes of those pixels."""
     kinds = {kind: sorted((real / "images" / kind).iterdir()) for kind in ("covid", "nih", "openi")}
     originals = [real / "dicom" / name for name in ("RG1_J2KI.dcm", "RG1_JLSN.dcm", "CR-MONO1-10-chest.dcm")]
     jpeg = tmp_path / "film.jpg"
@@ -90,18 +92,27 @@ def test_50_real_films(bundle, engine, real, tmp_path):
     reasons, expected, ours = compare(bundle, engine, films)
     app = create_app(ours, Settings(dicom="mimic_cxr_jpg"))
 
-    async def post(path, reason):
+    def png(film):
+        buffer = io.BytesIO()
+        Image.fromarray(film).save(buffer, format="PNG", compress_level=1)
+        return buffer.getvalue()
+
+    async def post(data, reason):
         fields = {"max_new_tokens": str(TOKENS), **({"indication": reason} if reason else {})}
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", timeout=60
         ) as client:
-            return await client.post("/v1/findings", files={"file": path.read_bytes()}, data=fields)
+            return await client.post("/v1/findings", files={"file": data}, data=fields)
 
     async def all_at_once():
-        return await asyncio.gather(*map(post, originals, reasons[-len(originals) :]))
+        as_pngs = await asyncio.gather(*map(post, map(png, films), reasons))
+        whole = [path.read_bytes() for path in originals]
+        return as_pngs, await asyncio.gather(*map(post, whole, reasons[-len(originals) :]))
 
-    answers = asyncio.run(all_at_once())
+    as_pngs, answers = asyncio.run(all_at_once())
     app.state.service.films.close()
+    assert [answer.status_code for answer in as_pngs] == [200] * 50
+    assert [answer.json()["findings"] for answer in as_pngs] == [text.strip() for text in expected]
     assert [answer.status_code for answer in answers] == [200] * len(originals)
     assert [answer.json()["film"]["kind"] for answer in answers] == ["dicom"] * 3 + ["jpeg", "png", "png"]
     texts = [answer.json()["findings"] for answer in answers]

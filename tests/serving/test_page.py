@@ -409,6 +409,7 @@ def test_what_goes_wrong_is_said_in_words(
 ) -> None:
     url, paced = serve(tokens={access.digest("right"): "somebody"})
     browser.open(url)
+    assert "tells who has a token" in browser.js("$('model').textContent")
     browser.events.clear()
     browser.drop(film)
     for token, said in (("wrong", "can make you one"), ("right", "does not know this token")):
@@ -418,6 +419,7 @@ def test_what_goes_wrong_is_said_in_words(
         browser.press(ENTER)
     ready(browser)
     assert not browser.js("$('door').open || $('token').value || localStorage.length")
+    browser.until("/, version /.test($('model').textContent) && $('card').children.length > 0")
 
     paced.full = 1
     browser.click("#write")

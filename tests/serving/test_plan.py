@@ -3,11 +3,14 @@
 import dataclasses
 import io
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rad_jax.errors import UserError
 from rad_jax.serving import films, limits
@@ -91,6 +94,44 @@ def test_too_many_slots_are_refused_with_the_number_that_fits(real):
     with pytest.raises(UserError, match=r"4 slots .* use --slots=2"):
         plan(real, CARDS["V100-16GB"], "float16", slots=4)
     assert plan(real, CARDS["V100-32GB"], "float16", slots=4).slots == 4
+
+
+class Alive(TorchDispatchMode):
+    """`peak` is the most bytes that tensors made within it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.held:
+                self.held[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.held.values()))
+        return made
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_attention_that_keeps_a_square_is_counted(dtype, real):
+    """Of a decoder with fewer heads of keys, where no other kernel is to be had; the count is that of PyTorch's own steps."""
+    fewer = dataclasses.replace(VICUNA, heads=8, kv_heads=2, width=128)
+    q, *kv = (torch.zeros(1, heads, 256, 16, dtype=getattr(torch, dtype)) for heads in (8, 2, 2))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Alive() as alive:
+        torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=True)
+    assert alive.peak <= plans.square_bytes(fewer, 256) < 1.2 * alive.peak
+    with torch.no_grad(), Alive() as alive:  # a CPU has a kernel without
+        torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=True)
+    assert alive.peak < 256 * 256 * 4
+
+    grouped = dataclasses.replace(real, decoder=dataclasses.replace(VICUNA, kv_heads=8))
+    cards = [Card("a card", "cuda", 80 * GIB, capability) for capability in ((7, 0), (7, 5), (8, 0))]
+    needed = [[plan(bundle, card, dtype).temporary_bytes for card in cards] for bundle in (real, grouped)]
+    more = [with_square > without + GIB // 2 for without, with_square in zip(*needed, strict=True)]
+    assert more == [True, True, dtype == "float32"]
+    assert not plans.keeps_squares(Card("a CPU", "cpu", GIB), grouped.decoder, dtype)
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, decoder, films, offline
+from rad_jax.serving import access, app, audit, decoder, films, offline
 from rad_jax.serving import command as commands
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -321,7 +321,7 @@ asyncio.run(listen())
     assert done.stdout.splitlines() == [*expected, "1 True True", "asked"], done.stderr
 
 
-def test_decoders_and_a_batch_are_offline_too(monkeypatch):
+def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
     called = []
     monkeypatch.setattr(offline, "forbid", lambda *names: called.append(names))
     monkeypatch.setattr(decoder, "load_codecs", lambda: called.append("codecs"))
@@ -334,6 +334,11 @@ def test_decoders_and_a_batch_are_offline_too(monkeypatch):
     options = {option.name: option.default for option in commands.OPTIONS}
     assert commands.run("bundle", options, ("in.csv", "out.jsonl")) == 0
     assert called[2:] == [(), "loaded"]
+    monkeypatch.setattr(app, "check_port", lambda *_: None)
+    monkeypatch.setattr(app, "create_app", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda *_, **__: called.append("served"))
+    commands.run("bundle", options, None)
+    assert called[4:] == [(("127.0.0.1",),), "loaded", "served"]
 
 
 def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
@@ -351,20 +356,48 @@ def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
     assert "PATIENT" not in errors
 
 
-def test_an_audit_log_that_cannot_be_written_stops_the_answers(serve, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("partly", [False, True], ids=["not at all", "in part"])
+def test_an_audit_log_that_cannot_be_written_stops_the_answers_until_a_restart(
+    serve, made, tmp_path, monkeypatch, capsys, partly
+):
     served = serve(audit=tmp_path / "audit.jsonl")
     body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200
+    write, lines, room = os.write, [0], [True]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def counted(file, data):
+        lines[0] += 1
+        if not room[0] and not partly:
+            raise OSError(28, "No space left on device")
+        return write(file, data if room[0] else data[:10])
 
-    monkeypatch.setattr(audit.os, "write", full)
-    httpx.post(f"{served.url}/v1/chat/completions", json=body)  # its line is the one that is lost
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 503
+    def post(url=served.url):
+        before = lines[0]
+        status = httpx.post(f"{url}/v1/chat/completions", json=body).status_code
+        assert made.until(lambda: lines[0] > before)  # a line is written after its answer
+        return status
+
+    monkeypatch.setattr(audit.os, "write", counted)
+    assert post() == 200
+    room[0] = False
+    assert post() == 200  # its line is the one that is lost
+    assert post() == 503
+    room[0] = True
+    assert post() == 503 and post() == 503  # there are lines of these refusals again
     assert httpx.get(f"{served.url}/readyz").status_code == 503
-    monkeypatch.undo()
-    assert "No space left" in capsys.readouterr().err
+    assert ("only a part" if partly else "No space left") in capsys.readouterr().err
+    served.stop()
+    with open(tmp_path / "audit.jsonl", "ab") as file:
+        file.write(b'{"time": "20')
+    again = serve(audit=tmp_path / "audit.jsonl")
+    assert post(again.url) == 200
+    again.stop()
+    found = []
+    for line in (tmp_path / "audit.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line)["status"])
+        except ValueError:
+            found.append("torn")
+    assert found == [200, *["torn"] * (2 if partly else 0), 503, 503, "torn", 200]
 
 
 def test_the_plain_routes(plain):
@@ -379,6 +412,7 @@ def test_the_plain_routes(plain):
     assert {"/v1/chat/completions", "/v1/findings", "/v1/film", "/readyz"} <= document["paths"].keys()
     assert "event: piece" in json.dumps(document["paths"]["/v1/findings"])
     assert "422" not in json.dumps(document)
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["scripted"]
 
 
 def test_the_page_may_ask_this_server_alone(plain):
@@ -409,8 +443,9 @@ def test_tokens(serve, tmp_path):
         assert answer.json()["error"]["code"] == "invalid_api_key"
     for path in ("/metrics", "/v1/models", "/nothing"):
         assert httpx.get(served.url + path).status_code == 401
-    for path in ("/healthz", "/readyz", "/openapi.json"):
-        assert httpx.get(served.url + path).status_code == 200
+    for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+        answer = httpx.get(served.url + path)
+        assert answer.status_code == 200 and "scripted" not in answer.text and "ab" * 32 not in answer.text
     openai = pytest.importorskip("openai")
     for token in (first, second):
         served.client(api_key=token).chat.completions.create(**body)
@@ -424,6 +459,27 @@ def test_tokens(serve, tmp_path):
         ("ward-4", 200),
         (None, 401),
     ]
+
+
+def test_readiness_is_told_to_all_and_its_reasons_to_those_with_a_token(serve, tmp_path):
+    token = access.add_token(tmp_path / "tokens.txt", "ward-3")
+    served = serve(tokens=access.read_tokens(tmp_path / "tokens.txt"))
+    known = {"Authorization": f"Bearer {token}"}
+    others: list[dict[str, str]] = [{}, {"Authorization": "Bearer rad_no"}]
+
+    def ready(headers):
+        answer = httpx.get(f"{served.url}/readyz", headers=headers)
+        return answer.status_code, answer.json()
+
+    assert [ready(other) for other in others] == [(200, {"status": "ready"})] * 2
+    status, told = ready(known)
+    assert status == 200 and told["status"] == "ready" and told["name"] == "scripted" and told["device"] == "cpu"
+    served.app.state.service.audit.broken = True
+    for other in others:
+        status, told = ready(other)
+        assert status == 503 and (told["error"]["message"], told["error"]["code"]) == ("not ready.", "not_ready")
+    status, told = ready(known)
+    assert status == 503 and told["error"]["code"] == "audit"
 
 
 def test_an_unknown_token_is_refused_before_its_body_is_read(serve, tmp_path):

@@ -2,12 +2,15 @@
 
 import base64
 import json
+from typing import Any
 
 import httpx2 as httpx
 import pytest
+from pydantic import ValidationError
 
 from rad_jax.serving import films
-from rad_jax.serving.errors import ApiError
+from rad_jax.serving.chat_api import ChatRequest
+from rad_jax.serving.errors import ApiError, described
 
 openai = pytest.importorskip("openai")
 
@@ -112,6 +115,8 @@ PIXEL = "data:image/png;base64,iVBORw0KGgo="
         ({"stop": [""]}, 400, "stop"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"extra_body": {"NAME^PATIENT": 1}}, 400, "does not know"),
+        ({"extra_body": {"metadata": {"NAME^PATIENT": 1}}}, 400, "metadata: Input should"),
+        ({"messages": [{"role": "user", "content": [{"type": "NAME^PATIENT"}]}]}, 400, "messages.0.content"),
     ],
 )
 def test_refusals_have_openais_shape(plain, change, status, said):
@@ -122,6 +127,29 @@ def test_refusals_have_openais_shape(plain, change, status, said):
     assert error.keys() == {"message", "type", "param", "code"}
     assert said in error["message"] and "PATIENT" not in caught.value.response.text
     assert error["type"] in ("invalid_request_error", "not_found_error")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "MARKED"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "MARKED": "MARKED"}]}]}, "messages"),
+        ({"messages": [{"role": "MARKED", "content": {"MARKED": "MARKED"}, "MARKED": 1}]}, "messages"),
+        ({"metadata": {"MARKED": {"MARKED": 1}}}, "metadata"),
+        ({"stop": {"MARKED": "MARKED"}, "response_format": {"type": "MARKED"}}, None),
+        ({"stream_options": {"include_usage": "MARKED"}, "n": "MARKED", "MARKED": "MARKED"}, None),
+    ],
+)
+def test_no_problem_is_told_in_the_clients_words(change, where):
+    """Each of those found is told as if it were the first, so that their order does not matter."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": MODEL, "messages": asked(), **change})
+    problems: list[Any] = [{**problem, "loc": ("body", *problem["loc"])} for problem in caught.value.errors()]
+    assert "MARKED" in str(problems)
+    for problem in problems:
+        param, message = described([problem])
+        assert "MARKED" not in f"{param} {message}"
+        assert where is None or param is None or param.split(".")[0] == where
 
 
 @pytest.mark.parametrize(

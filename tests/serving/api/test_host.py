@@ -20,7 +20,10 @@ def test_the_unit_starts_the_command_with_flags_that_it_has():
     started = re.search(r"^ExecStart=(.+\\\n)*.+$", UNIT, re.MULTILINE)
     assert started is not None and "-m rad_jax.serving" in started[0]
     flags = re.findall(r"--(\w+)=", started[0])
-    assert {"tokens", "audit"} == set(flags) <= {option.name for option in command.OPTIONS}
+    assert {"device", "tokens", "audit"} == set(flags) <= {option.name for option in command.OPTIONS}
+    assert "--device=cuda " in started[0]  # and not auto, which takes the CPU where no card is seen
+    devices = re.findall(r"^DeviceAllow=(.+)$", UNIT, re.MULTILINE)
+    assert devices == [f"char-{name} rw" for name in ("nvidia", "nvidia-frontend", "nvidia-uvm")]
 
 
 def test_the_unit_waits_longer_than_a_request_may_take():

@@ -1,5 +1,6 @@
 """What is too large, too much, too slow, or not what it says."""
 
+import contextlib
 import gc
 import io
 import signal
@@ -178,15 +179,40 @@ def test_an_old_dicom_without_a_preamble(reader, made, whole):
     np.testing.assert_array_equal(reader.decode(bare, "window").pixels, reader.decode(given, "window").pixels)
 
 
-def test_a_deflated_dicom_is_refused(reader, made):
+def deflated(made) -> bytes:
     import pydicom
 
     dataset = pydicom.dcmread(io.BytesIO(made.dicom()))
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(headers.DEFLATED)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_a_header_without_types_hides_nothing(reader, made):
+    """As implicit little endian, which the standard does not allow there and pydicom reads."""
+    uid = headers.DEFLATED.encode()
+    own = struct.pack("<HHLL", 2, 0, 4, 8 + len(uid)) + struct.pack("<HHL", 2, 16, len(uid)) + uid
+    data, start = deflated(made), 132 + 12
+    (length,) = struct.unpack_from("<L", data, start - 4)
     with pytest.raises(UserError, match="deflated"):
-        reader.decode(buffer.getvalue(), "window")
+        reader.decode(data[:132] + own + data[start + length :], "window")
+
+
+@pytest.mark.parametrize("preamble", [b"", *headers.BARE], ids=["empty", "group 2", "group 8"])
+def test_a_preamble_hides_nothing(reader, made, preamble):
+    """Its 128 bytes may be anything, also the beginning of a file without one."""
+
+    def behind(data: bytes) -> bytes:
+        return preamble + data[len(preamble) :]
+
+    plain = made.dicom()
+    np.testing.assert_array_equal(reader.decode(behind(plain), "window").pixels, reader.decode(plain, "window").pixels)
+    with pytest.raises(UserError, match="deflated"):
+        reader.decode(behind(deflated(made)), "window")
+    head = b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 60000, 60000, 1) + bytes([1, 0x11, 0])
+    with pytest.raises(UserError, match="another size"):
+        reader.decode(behind(encapsulated(made, head, JPEG_BASELINE)), "window")
 
 
 def test_several_frames_and_colour(reader, made):
@@ -291,6 +317,73 @@ def test_a_request_that_takes_too_long(serve, stream):
     assert served.idle()
 
 
+def gate(app):
+    """The middleware that counts the bodies that are held."""
+    found = app.middleware_stack
+    while not isinstance(found, limits.BodyGate):
+        found = found.app
+    return found
+
+
+def unread(port, path, kind, body):
+    """A connection that asks for an answer and does not read it."""
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(head.encode() + body)
+    connection.settimeout(10)
+    return connection
+
+
+def read_on(connection):
+    """What can still be read until the connection is found to have ended."""
+    found = b""
+    with connection, contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(10**6):
+            found += data
+    return found
+
+
+def test_a_client_that_stops_reading_is_cut_off_in_time(serve, made, monkeypatch):
+    """Its slot and its body are free again, and its answer is not written on."""
+    from rad_jax.serving import chat_api
+
+    texts = chat_api.texts
+
+    async def padded(answer):  # to more than all buffers of a connection hold
+        async for _, piece in texts(answer):
+            yield "x" * 10**6, piece
+
+    monkeypatch.setattr(chat_api, "texts", padded)
+    served = serve(timeout=1.0)
+    served.model.endless = True
+    served.model._seconds = 0.01
+    body = (
+        b'{"model": "scripted", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 512, "stream": true}'
+    )
+    connection = unread(served.port, "chat/completions", "application/json", body)
+    assert made.until(lambda: gate(served.app).held == len(body))
+    assert made.until(lambda: gate(served.app).held == 0, 5)
+    assert served.idle() and served.engine.stats()["tokens_total"] < 512
+    found = read_on(connection)
+    assert found.startswith(b"HTTP/1.1 200") and b"xxx" in found and b"[DONE]" not in found
+    numbers = httpx.get(f"{served.url}/metrics").text
+    assert 'rad_jax_http_requests_total{route="/v1/chat/completions",status="499"} 1.0' in numbers
+
+
+def test_an_answer_that_is_never_read_is_not_kept(serve, monkeypatch):
+    """One that was handed over whole, so that no sending waits."""
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    served = serve()
+    preview = films.Preview(bytes(16 * 10**6), "", (1, 1), (0, 1))
+    served.app.state.service.films.preview = lambda _: preview
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nfilm\r\n--x--\r\n'
+    connection = unread(served.port, "film", "multipart/form-data; boundary=x", body)
+    time.sleep(1.5)  # two looks until it is closed, two until it is cut, and something over
+    assert 0 < len(read_on(connection)) < len(preview.png)
+
+
 @pytest.mark.parametrize("path", ["findings", "film"])
 def test_a_film_that_waits_too_long(serve, made, path):
     served = serve(timeout=0.3)
@@ -299,6 +392,7 @@ def test_a_film_that_waits_too_long(serve, made, path):
     answer = httpx.post(f"{served.url}/v1/{path}", files={"file": made.png(made.grey())}, timeout=20)
     done.set()
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert "504" in served.app.openapi()["paths"][f"/v1/{path}"]["post"]["responses"]
     assert served.engine.stats()["requests_total"] == 0
 
 
