@@ -12,6 +12,8 @@ from tqdm import tqdm
 from rad_jax import distributed
 from rad_jax.errors import UserError
 
+PARTS = 8  # of a film's side, to be covered one after the other
+
 
 @dataclass(frozen=True)
 class Target:
@@ -44,6 +46,16 @@ class Looker(abc.ABC):
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
         same in every head and moved so that its least is 0."""
 
+    def covered(self, targets: Sequence[Target]) -> np.ndarray:
+        """float32 [n, h, w]: how much less likely the span becomes, in nats, when that part of the film is covered (Zeiler and Fergus 2014,
+        Visualizing and Understanding Convolutional Networks): a square of twice the part's side, in the median grey around it. Of at most
+        `PARTS` by `PARTS` parts, each of which is a pass through the model.
+
+        Raises:
+            UserError: of a tower, which writes nothing.
+        """
+        raise UserError("films are covered for a run of stage 2 or 3, which writes")
+
     def candidates(self, maps: np.ndarray) -> list[tuple[int, int]]:
         """(layer, head) of those of `maps` that differ: of the tower's last layer one stands for all."""
         layers, heads = maps.shape[1:3]
@@ -51,11 +63,11 @@ class Looker(abc.ABC):
         return [(layer, head) for layer in range(layers) for head in range(heads) if layer != alike or head == 0]
 
     def named(self, chosen: Sequence[tuple[int, int]], maps: np.ndarray) -> str:
-        """Words for some of `candidates`."""
-        likeness = maps.shape[1] - 1 if self.what == "tower" else -1
-        return ", ".join(
-            "likeness to the phrase" if layer == likeness else f"layer {layer} head {head}" for layer, head in chosen
+        """Words for some of `candidates`, and for what comes after the last layer of `maps`: covering."""
+        special = {maps.shape[1]: "covering"} | (
+            {maps.shape[1] - 1: "likeness to the phrase"} if self.what == "tower" else {}
         )
+        return ", ".join(special.get(layer, f"layer {layer} head {head}") for layer, head in chosen)
 
 
 def open_looker(checkpoint: Path, batch_size: int) -> Looker:
@@ -128,6 +140,37 @@ class _Llava(_Model):
             maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
         return _square(np.stack(maps))
 
+    def covered(self, targets: Sequence[Target]) -> np.ndarray:
+        import jax
+
+        from rad_jax import sharding
+        from rad_jax.grounding import log_likelihood
+
+        rows = [self._row(target) for target in targets]
+        rows = [{**row, "count": np.array([len(row["queries"])])} for row in rows]
+        sizes = {name: max(len(row[name]) for row in rows) for name in ("tokens", "queries", "count")}
+        side = self._model.config.vision.image_size // self._model.config.vision.patch_size
+        parts = min(side, PARTS)
+        maps: list[np.ndarray] = []
+        for batch, chosen in self._batches(rows):
+            with jax.set_mesh(self._mesh):
+                placed = self._placed(batch, sizes)
+                films, at, count = placed.pop("image"), placed.pop("queries"), placed.pop("count")[:, 0]
+
+                def likely(films: Any, placed: Any = placed, at: Any = at, count: Any = count) -> np.ndarray:
+                    batch = {**placed, "image": films}
+                    return sharding.gather(log_likelihood(self._model, self._variables, batch, at, count))
+
+                whole, lost = likely(films), np.zeros((len(batch), parts, parts), np.float32)
+                pixels = np.stack([row["image"] for row in batch])
+                for y in range(parts):
+                    for x in range(parts):
+                        hidden = {"image": cover(pixels, y, x, self.image_size // parts)}
+                        lost[:, y, x] = whole - likely(sharding.place_whole(hidden, self._mesh)["image"])
+            maps.append(lost[: len(chosen)])
+        place = np.arange(side) * parts // side
+        return np.concatenate(maps)[:, place][:, :, place]
+
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import prompts
 
@@ -168,6 +211,18 @@ class _Tower(_Model):
                 shape = (1, attention.shape[1], attention.shape[2])
                 maps.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
         return _square(np.stack(maps))
+
+
+def cover(films: np.ndarray, y: int, x: int, size: int) -> np.ndarray:
+    """Films uint8 [n, Y, X] whose part (y, x), of parts of so many pixels, is hidden with half a part around it."""
+    half, hidden = size // 2, films.copy()
+
+    def around(more: int) -> tuple[slice, slice, slice]:
+        rows, columns = (slice(max(0, k * size - more), (k + 1) * size + more) for k in (y, x))
+        return slice(None), rows, columns
+
+    hidden[around(half)] = np.median(films[around(2 * half)], axis=(1, 2), keepdims=True).astype(films.dtype)
+    return hidden
 
 
 def _square(maps: np.ndarray) -> np.ndarray:

@@ -5,8 +5,9 @@
     python -m launch.ground --checkpoint=STAGE1 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
 
 With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map of a word). In a corpus with boxes the heads
-are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film;
-predictions of these patients are refused.
+are chosen on the validation split with the reference texts and then used unchanged: up to eight averaged, or all of them weighted if that points
+better there, less what they look at in every film; predictions of these patients are refused. --covering adds a map to choose from: how much less
+likely the sentence becomes when a part of the film is covered.
 What is scored is the attention while the sentence that names a finding is written. In a corpus without boxes the maps are of the longest
 word, averaged over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of
 every text, which launch.evaluate --attention shows under the mouse.
@@ -42,6 +43,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Packed corpus, for --predictions.")
     flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.")
     flags.DEFINE_bool("every_word", False, "Also write a map of every word of the predictions.")
+    flags.DEFINE_bool(
+        "covering", False, "Score also what the text loses where the film is covered: up to 64 more passes for each."
+    )
     flags.DEFINE_string("boxes", None, "CSV of films, phrases and boxes, instead of --data and --predictions.")
     flags.DEFINE_string("patients", None, "CSV with image and patient, for --boxes.")
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
@@ -58,14 +62,18 @@ def main(_: Sequence[str]) -> None:
     distributed.join()
     looker, out = open_looker(Path(options.checkpoint), options.batch_size), Path(options.out)
     if options.boxes:
-        of_phrases(looker, Path(options.boxes), Path(options.patients) if options.patients else None, out)
+        patients = Path(options.patients) if options.patients else None
+        of_phrases(looker, Path(options.boxes), patients, out, options.covering)
     elif looker.what == "tower":
         raise UserError(f"{options.checkpoint} writes no texts: give a run of stage 2 or 3, or --boxes")
     else:
-        of_predictions(looker, Path(options.data), Path(options.predictions), out, options.every_word)
+        data, predictions = Path(options.data), Path(options.predictions)
+        of_predictions(looker, data, predictions, out, options.every_word, options.covering)
 
 
-def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, every_word: bool) -> None:
+def of_predictions(
+    looker: "Looker", data: Path, predictions: Path, out: Path, every_word: bool = False, covering: bool = False
+) -> None:
     """Maps of generated texts, and their scores in a corpus with boxes."""
     import numpy as np
 
@@ -87,13 +95,18 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         validation = (source[number] for number in range(len(source)))
         known = [t for record in validation for t in finding_targets(record, record["findings"], size[0])]
         check_apart((t.record for t in known), (record for record, _ in pairs), predictions)
-        maps = looker.maps([sentence(t) for t in known])
-        best = heads.choose(maps, [box_mask(t.boxes, *size) for t in known], looker.candidates(maps))
+        maps, candidates = seen(looker, [sentence(t) for t in known], covering)
+        masks = [box_mask(t.boxes, *size) for t in known]
+        reading = heads.choose(maps, masks, candidates)
+        if covering:  # too much for every word, whose maps are for people
+            maps, candidates = maps[:, :-1], candidates[:-1]
+        best = heads.choose(maps, masks, candidates) if covering else reading
         targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
-        scored: list[Any] = list(best.read(looker.maps([sentence(t) for t in targets]))) if targets else []
+        scored: list[Any] = []
+        if targets:
+            scored = list(reading.read(seen(looker, [sentence(t) for t in targets], covering)[0]))
         pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
-        chosen = looker.named(best.chosen, maps)
-        result = {"chosen": chosen, "validation_accuracy": best.share, **asdict(pointing)}
+        result = {"chosen": told(looker, reading, maps), "validation_accuracy": reading.share, **asdict(pointing)}
         if targets:
             result |= beyond_pointing(targets, scored, size)
     else:
@@ -115,6 +128,24 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     }
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
     np.savez_compressed(out / "maps.npz", **dict(zip(first, shown, strict=True)))
+
+
+def seen(looker: "Looker", targets: "Sequence[Target]", covering: bool) -> tuple[Any, list[tuple[int, int]]]:
+    """Maps of all heads, with a last layer of what covering parts of the film loses if that is wanted, and those to choose from."""
+    import numpy as np
+
+    maps = looker.maps(targets)
+    candidates = looker.candidates(maps)
+    if not covering:
+        return maps, candidates
+    lost = np.broadcast_to(looker.covered(targets)[:, None, None], (len(maps), 1, *maps.shape[2:]))
+    return np.concatenate([maps, lost], axis=1), [*candidates, (maps.shape[1], 0)]
+
+
+def told(looker: "Looker", best: "Heads", maps: Any) -> str:
+    """The chosen heads in words; `maps` are without what covering adds."""
+    names = looker.named(best.chosen, maps)
+    return f"mean of {names}" if best.averaged else f"weighted sum, above all of {names}"
 
 
 def check_apart(chosen_on: Iterable[dict[str, Any]], scored: Iterable[dict[str, Any]], predictions: Path) -> None:
@@ -154,7 +185,7 @@ def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads
         np.savez_compressed(out / "words.npz", **maps)
 
 
-def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) -> None:
+def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path, covering: bool = False) -> None:
     """Maps of phrases on films with boxes, and their scores on the patients that nothing was chosen on."""
     import numpy as np
 
@@ -169,17 +200,17 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
         Target({"id": r.film, "question": question, "image": r.image}, r.phrase, (0, len(r.phrase)), r.phrase, [])
         for r in kept
     ]
-    maps = looker.maps(targets)
+    maps, candidates = seen(looker, targets, covering)
     on = [i for i, region in enumerate(kept) if region.patient in held]
     rest = [i for i in range(len(kept)) if kept[i].patient not in held]
-    best = heads.choose(maps[on], [kept[i].mask for i in on], looker.candidates(maps))
+    best = heads.choose(maps[on], [kept[i].mask for i in on], candidates)
     read = best.read(maps)
     found = phrases.scores(list(read[rest]), [kept[i] for i in rest])
     if not distributed.first():
         return
     result = {
         "model": looker.what,
-        "chosen": looker.named(best.chosen, maps),
+        "chosen": told(looker, best, maps[:, :-1] if covering else maps),
         "validation_patients": len(held),
         "validation_n": len(on),
         "validation_accuracy": best.share,
