@@ -3,7 +3,7 @@
 Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
 published[{system, metric, profile, value, n, source, verified}], subgroups[{column, group, system, reports, name, value, ci, ...}],
-comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
+comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n, n_dropped, n_better, n_worse, effect, ...}], warnings[].
 The metrics of the first file come first, so the first entry of a name is its score.
 """
 
@@ -205,6 +205,7 @@ def subgroups(scored: Sequence[Scored], ids: Sequence[str], options: Options) ->
                         **{
                             **vars(m),
                             "rows": m.rows[inside],
+                            "scored": None if m.scored is None else m.scored[inside],
                             "n": int(m.rows[inside].any(axis=1).sum()),
                             "per_finding": {},
                         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring
+from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring, tables
 from evaluation.grounded import Phrase
 from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
@@ -137,6 +137,31 @@ def test_aggregates():
     row = scoring.entries([found["chexprompt_total"]], setting)[0]
     assert row["n_failed"] == 1 and row["n"] == 4 and row["ci"][0] < 1.75 < row["ci"][1]
     assert row["signature"] == "sig|mean|unit:patient|ci:percentile-500-seed0"
+
+
+def test_comparisons_are_over_the_reports_that_both_have_a_verdict_of():
+    """Five reports. A lacks a verdict of the last, which is B's worst, and B of the first, which is A's worst; by hand over the other three."""
+    errors = {"a": [9.0, 1.0, 2.0, 3.0, None], "b": [None, 2.0, 2.0, 4.0, 20.0]}
+    ids = list("vwxyz")
+    judged = {
+        name: judging.Judged(
+            "sig", {i: {} if v is None else {"chexprompt_total": v} for i, v in zip(ids, row, strict=True)}
+        )
+        for name, row in errors.items()
+    }
+    a, b = (judging.metrics(judged[name], ids) for name in "ab")
+    assert (a[0].total(), b[0].total()) == (15 / 4, 28 / 4)
+    setting = scoring.Setting(ids, "report", 200, 0)
+    row = scoring.compare(("a", "b"), a, b, setting, 100)[0]
+    assert (row["n"], row["n_dropped"]) == (3, 2)
+    assert row["diff"] == pytest.approx(2 / 3) and 0.0 <= row["ci"][0] <= row["ci"][1] <= 1.0
+    assert row["p"] == 0.5  # of four ways to swap the two reports that differ, two are as far apart
+    gate = scoring.parse_gate("chexprompt_total > 1")
+    assert not gate.fails(a[0], b[0], setting)  # 7 less 3.75 would have failed it
+    again = scoring.compare(("a", "a"), a, a, setting, 100)[0]
+    assert (again["diff"], again["n"], again["n_dropped"]) == (0.0, 4, 0)
+    table = tables.comparisons({"comparisons": [row | {"profile": "native", "p_holm": 0.5}]})
+    assert table[0][-1] == "n" and table[1][-1] == "3 (2 lack a score)"
 
 
 def test_votes():
