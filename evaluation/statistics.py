@@ -146,13 +146,14 @@ def randomise(
 def significance(differences: np.ndarray, seen: float, swapped: Swapped) -> Significance:
     """Two-sided p of the difference `seen` among those of the swapped systems, [trials]: the share at least as large in size.
 
-    With random swaps (c + 1) / (trials + 1), so that p is never 0. A difference that is not defined has p 1.
+    With random swaps (c + 1) / (trials + 1), so that p is never 0. A difference that is not defined has p 1; swaps after which it is not
+    (a rate of something that one side no longer has) count as at least as large, so that p is too large rather than too small.
     """
     trials = len(differences)
     least = min(1.0, 2.0 / 2**swapped.units) if swapped.exact else 1 / (trials + 1)
     if not np.isfinite(seen):
         return Significance(1.0, least, swapped.exact)
-    count = int((np.abs(differences) >= abs(seen) - 1e-12).sum())
+    count = int((~(np.abs(differences) < abs(seen) - 1e-12)).sum())
     return Significance(count / trials if swapped.exact else (count + 1) / (trials + 1), least, swapped.exact)
 
 

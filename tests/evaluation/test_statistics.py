@@ -100,6 +100,19 @@ def test_equal_systems_have_p_one() -> None:
     assert statistics.significance(np.array([1.0]), float("nan"), swapped).p == 1.0
 
 
+def test_swaps_that_leave_nothing_to_count_are_no_evidence() -> None:
+    """A rate that two reports of each system have: swaps that move all of a system's cases away have none, and count against the difference."""
+    first = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    second = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    swapped = statistics.randomise(first, second, range(4))
+    differences = mean(swapped.second) - mean(swapped.first)
+    # Of 16 ways two put all four cases on one side, so that the other has no rate, and two are as far apart as what is seen.
+    undefined = int(np.isnan(differences).sum())
+    extreme = int((np.abs(differences) >= 1.0).sum())
+    assert (undefined, extreme) == (2, 2)
+    assert statistics.significance(differences, 1.0, swapped).p == (undefined + extreme) / 16
+
+
 def test_holm() -> None:
     adjusted = statistics.holm([0.001, 0.012, 0.02, 0.04, 0.30])
     np.testing.assert_allclose(adjusted, [0.005, 0.048, 0.06, 0.08, 0.30])
