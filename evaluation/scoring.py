@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evaluation import statistics
+from evaluation import directions, statistics
 from evaluation.metric import Metric, paired
 
 Json = dict[str, Any]
@@ -157,9 +157,9 @@ def adjust(comparisons: list[Json]) -> None:
 
 
 def _wins(a: Metric, b: Metric) -> tuple[int, int]:
-    """How many reports the second system scores better and worse on its own."""
+    """How many reports the second system scores better and worse on its own: of an error count less is better."""
     with np.errstate(invalid="ignore"):
-        change = b.each() - a.each()
+        change = (b.each() - a.each()) * (directions.direction(b.name) or 1)
     return int((change > 1e-12).sum()), int((change < -1e-12).sum())
 
 

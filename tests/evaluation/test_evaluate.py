@@ -397,6 +397,7 @@ def test_comparing_what_was_given(tmp_path: Path) -> None:
     found = {row["metric"]: row for row in json.loads((tmp_path / "comparisons.json").read_text())["comparisons"]}
     assert found["radgraph_partial"]["diff"] == pytest.approx(2 / 3 - 1) and found["radgraph_partial"]["n_worse"] == 30
     assert found["chexprompt_total"]["diff"] == 2.0 and found["chexprompt_total"]["p"] == 1 / 201
+    assert (found["chexprompt_total"]["n_better"], found["chexprompt_total"]["n_worse"]) == (0, 30)  # more errors
     assert "FAILED: new against base: chexprompt_total > 1.5 at 95% (+2.0000)" in done.stdout
     assert "FAILED: new against base: radgraph_partial < 0 at 95% (-0.3333)" in done.stdout
 

@@ -463,7 +463,7 @@ def test_the_command(tmp_path, chat_server, capsys, options):
     errors = [line["scores"]["chexprompt_total"] for line in lines.values()]
     assert errors[:4] == [0, 2, 2, 3]
     scores = metaeval.read_scores(out / "scores.jsonl")
-    assert len(scores) == 40 and scores["s1", "preds"]["chexprompt_significant"] == 2.0
+    assert len(scores.rows) == 40 and scores.rows["s1", "preds"]["", "chexprompt_significant"] == 2.0
 
     # Raters who count as the judge does agree with it wholly.
     ratings = {
@@ -475,6 +475,7 @@ def test_the_command(tmp_path, chat_server, capsys, options):
     ]
     assert agreed["n"] == 40 and agreed["tau"]["all"]["value"] == pytest.approx(1.0)
     assert agreed["distance"]["all"]["value"] == 0.0
+    assert agreed["signature"].startswith("chexprompt-v1|prompt:") and agreed["better"] == "lower"
 
     given = report.Options(judged=[judging.read(out / "scores.jsonl")], draws=100, trials=100)
     found = evaluate.evaluate([*evaluate.read_inputs([preds])], given, tmp_path / "e")
