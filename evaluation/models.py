@@ -88,11 +88,12 @@ def _scores(
         pairs = [(item.annotations.get(i), options.reference_annotations.get(i)) for i in ids]
         columns[name] = np.array([radgraph.f1(a, b, "entity_relation", True) if a is not None and b is not None else np.nan for a, b in pairs])  # fmt: skip
     # RadCliQ's published models were fitted to scores without frequencies, of this one encoder.
-    fits = frequencies is None and scorer is not None and scorer.baseline is not None and scorer.baseline.name == _RADCLIQ_ENCODER  # fmt: skip
-    if fits and name in columns and "semb_score" in columns:
+    fits = scorer is not None and scorer.baseline is not None and scorer.baseline.name == _RADCLIQ_ENCODER
+    if scorer is not None and fits and name in columns and "semb_score" in columns:
+        plain = columns["bertscore"] if frequencies is None else scorer.score(said, true, None)[:, 2]
         words = bleu.count_rows(said, true, bleu.CONVENTIONS["radcliq"])
         columns["bleu_2"] = bleu.from_counts(words, 2, bleu.CONVENTIONS["radcliq"])
-        table = np.stack([columns[part] for part in radcliq.INPUTS], axis=1)
+        table = np.stack([(columns | {"bertscore": plain})[part] for part in radcliq.INPUTS], axis=1)
         made = f"bertscore:{how['bertscore'].split('|')[1]}|{how['semb_score']}|radgraph:{options.annotations_how}"
         for metric in radcliq.metrics(table, made):
             columns[metric.name], how[metric.name] = metric.each(), metric.signature
