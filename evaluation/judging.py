@@ -189,7 +189,7 @@ def metrics(judged: Judged, ids: Sequence[str]) -> list[Metric]:
     for name, (first, second) in _HARMONIC.items():
         if first in columns and second in columns:
             both = np.concatenate([columns[first], columns[second]], axis=1)
-            scored = both.any(axis=1)
+            scored = np.asarray(both.any(axis=1))
             how = f"{judged.signature}|harmonic-mean-of-means"
             out.append(Metric(name, how, both, _harmonic, int(scored.sum()), n_failed=failed, scored=scored))
     return out

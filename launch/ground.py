@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from rad_jax import distributed, errors
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         first.setdefault(target.record["id"], target)
     shown = one_map(looker.maps(list(first.values())), best) if first else []
     if every_word:
-        write_words(looker, pairs, best, out)
+        write_words(looker, pairs, best, out, corpus.access)
     if not distributed.first():
         return
     if "accuracy" in result:
@@ -113,7 +114,8 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         name: {"word": target.text[slice(*target.span)], "finding": target.name, "boxes": target.boxes}
         for name, target in first.items()
     }
-    (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
+    told = json.dumps(result, indent=1) + "\n"  # it quotes words of the texts
+    access.create(out / "grounding.json", corpus.access).write_text(told, encoding="utf-8")
     np.savez_compressed(out / "maps.npz", **dict(zip(first, shown, strict=True)))
 
 
@@ -132,7 +134,9 @@ def one_map(maps: Any, best: "Heads | None") -> Any:
     return best.read(maps) if best else maps[:, maps.shape[1] // 2 :].mean((1, 2))
 
 
-def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads | None", out: Path) -> None:
+def write_words(
+    looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads | None", out: Path, level: str
+) -> None:
     """words.json (id -> text and spans) and words.npz (id -> maps float16 [words, h, w])."""
     import re
 
@@ -150,7 +154,7 @@ def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads
             maps[record["id"]] = one_map(own, best).astype(np.float16)
     if distributed.first():
         out.mkdir(parents=True, exist_ok=True)
-        (out / "words.json").write_text(json.dumps(words) + "\n", encoding="utf-8")
+        access.create(out / "words.json", level).write_text(json.dumps(words) + "\n", encoding="utf-8")
         np.savez_compressed(out / "words.npz", **maps)
 
 

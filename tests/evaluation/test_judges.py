@@ -411,6 +411,8 @@ def test_evidence_is_kept(tmp_path, chat_server, options):
     assert (
         "evidence and counts differ for significant C, insignificant B" in server.bodies[1]["messages"][-1]["content"]
     )
+    modes = [(tmp_path / "o" / name).stat().st_mode & 0o777 for name in ("evidence.jsonl", "scores.jsonl")]
+    assert modes == [0o600, 0o600]  # nobody says that these predictions are public
     kept = json.loads((tmp_path / "o" / "evidence.jsonl").read_text())
     assert kept["id"] == "a" and [error["type"] for error in kept["evidence"]] == ["C", "B"]
     scores = judging.read(tmp_path / "o" / "scores.jsonl")["p"]

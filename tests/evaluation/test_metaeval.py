@@ -269,7 +269,7 @@ def test_profiles_of_a_metric_stay_apart(tmp_path: Path) -> None:
 
 def test_every_score_has_a_direction() -> None:
     """Of all that the profiles and judges print; only how long a report is, is best in between."""
-    rows = {
+    rows: dict[str, int | None] = {
         "bleu_1": 1,
         "bleu_4_hf": 1,
         "rouge_l": 1,
