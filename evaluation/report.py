@@ -73,7 +73,7 @@ class Input:
 class Options:
     """What to compute. bleu: more conventions of `bleu.CONVENTIONS`, under the first profile. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
-    baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
+    baselines: name -> {id: report}, scored like the predictions; of_baselines: what models say of them, where there are any. reference_labels, reference_annotations: as an
     `Input`'s, of the references; labels_how, annotations_how: what made them, for signatures.
     groups: id -> {column: value}, for subgroups. judged: system -> a judge's scores, one for every judge; they go to the first profile.
     """
@@ -83,6 +83,7 @@ class Options:
     studies: dict[str, Study] | None = None
     parse: Parser | None = None
     baselines: dict[str, dict[str, str]] = field(default_factory=dict)
+    of_baselines: Sequence[Input] = ()
     reference_labels: dict[str, np.ndarray] | None = None
     reference_annotations: dict[str, radgraph.Annotation] | None = None
     labels_by: str = "chexbert"
@@ -156,15 +157,16 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
         "comparisons": [],
         "warnings": [],
     }  # fmt: skip
+    files = [*inputs, *options.of_baselines]
     labelled = {
         name: (np.array(true, np.int8), np.array(said, np.int8))
         for name, (true, said) in _given(
-            "--labels", {i.name: i.labels for i in inputs}, options.reference_labels, ids
+            "--labels", {i.name: i.labels for i in files}, options.reference_labels, ids
         ).items()
     }
-    own_annotations = {i.name: i.annotations for i in inputs}
+    own_annotations = {i.name: i.annotations for i in files}
     annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
-    work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in inputs}, options)
+    work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in files}, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
     result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), set(inputs[0].scores), options)
     return result, scored, ids
@@ -234,7 +236,7 @@ def compare(scored: Sequence[Scored], trials: int) -> list[Json]:
 
 
 def _shared(first: Sequence[Metric], second: Sequence[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """Both systems' metrics of the same name: a baseline has no label file."""
+    """Both systems' metrics of the same name: a baseline has no label file of the user's."""
     by_name = {metric.name: metric for metric in second}
     kept = [metric for metric in first if metric.name in by_name]
     return kept, [by_name[metric.name] for metric in kept]

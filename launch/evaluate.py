@@ -223,7 +223,7 @@ def define_flags() -> None:
     define_score_flags()
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
+        "baselines", False, "Also score the most frequent normal, a random and the nearest thumbnail's training report."
     )
     flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")

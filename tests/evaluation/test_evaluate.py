@@ -115,7 +115,7 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
     assert "unit:patient" in side["signature"]
 
     # Studies a to d are nearest in grey to t2, t1, t3, and d (60) to t2: t4 has no report, t5 no image.
-    frequent = report.lookup(result, "finding_macro_f1", "most frequent report") or {}
+    frequent = report.lookup(result, "finding_macro_f1", "most frequent normal report") or {}
     assert frequent["per_finding"]["pleural_effusion"]["recall"] == 0.0
     thumbnail = report.lookup(result, "finding_macro_f1", "nearest thumbnail") or {}
     assert [thumbnail["per_finding"]["pleural_effusion"][k] for k in ("recall", "precision")] == [0.5, 0.5]

@@ -122,6 +122,34 @@ def test_radcliq_is_of_one_encoder_without_frequencies(folder: Path, monkeypatch
     assert any("radcliq_v1" in warning and "distilroberta-base" in warning for warning in result["warnings"])
 
 
+def test_baselines_are_scored_by_the_models_too(folder: Path) -> None:
+    """A baseline that says what the predictions say gets their scores in every metric of a model; its texts go through once, with theirs."""
+    Labeler.asked.clear()
+    said = {i: text for i, _, text in TEXTS}
+    options = report.Options(
+        profiles=["native", "rexrank"],
+        draws=100,
+        trials=100,
+        baselines={"same": said, "other": dict.fromkeys(said, "Clear lungs.")},
+    )
+    result, _ = report.evaluate(*models.fill(inputs(), options, folder, None))
+    assert len(Labeler.asked) == 1
+    table = {(m["system"], m["profile"], m["name"]): m for m in result["metrics"]}
+    of_models = [
+        key[1:]
+        for key in table
+        if key[0] == "p" and key[2].startswith(("chexbert", "radgraph", "bertscore", "semb", "radcliq"))
+    ]
+    assert {"chexbert_micro_14", "radgraph_partial", "bertscore", "semb_score", "radcliq_v1"} <= {
+        name for _, name in of_models
+    }
+    for key in of_models:
+        assert table["same", *key]["value"] == table["p", *key]["value"], key
+        assert table["same", *key]["signature"] == table["p", *key]["signature"]
+    assert table["other", "native", "bertscore"]["value"] == pytest.approx(np.mean([12 / 20, 1, 12]))
+    assert {row["b"] for row in result["comparisons"] if row["metric"] == "bertscore"} == {"same", "other"}
+
+
 def test_comparing_with_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """launch.compare fills in what the folder gives, for both systems, and its gates may name it."""
     files = []
