@@ -5,7 +5,7 @@
 Recall at 1, 5 and 10, median and mean rank, in both directions, with ties counted against the model, for it, and as a random order of the tied
 would be. "image_to_text" and "text_to_image" are over studies that differ: by their true findings where the corpus knows them, else by their
 text; --candidates takes the first so many of them. "all_studies" is over all, where other studies with the same words in their report are no
-rivals. "same_labels" is the share of the nearest 1, 5 and 10 that have the same 14 labels, in a corpus that has labels. A film with several texts is
+rivals. Intervals ("ci") draw the studies anew by patient; what they are ranked among stays. "same_labels" is the share of the nearest 1, 5 and 10 that have the same 14 labels, in a corpus that has labels. A film with several texts is
 a study for each. Every block has chance beside it and a signature that says how it was made.
 
 --zero_shot also classifies the 14 CheXpert findings without training for it, by texts that affirm or deny each (--prompts=FILE for your own):
@@ -99,20 +99,23 @@ def scores(embedded: dict[str, Any], source: Any, annotated: bool, candidates: i
     from evaluation.retrieval_metrics import label_precision, retrieval
 
     images, texts = embedded["images"], embedded["texts"]
-    keys, equal, labels = [], [], []
+    keys, equal, labels, patients = [], [], [], []
     for number in embedded["index"]:
         record = source[int(number)]
         keys.append(key(record, annotated))
         equal.append(words(record))
         labels.append(record["labels"])
+        patients.append(record["patient"] or record["id"])
     keep, by = different(keys, candidates), "findings" if annotated else "words"
-    result: dict[str, Any] = retrieval(images[keep], texts[keep], how=f"studies:different-{by}|{how}")
-    result["all_studies"] = retrieval(images, texts, equal, f"studies:all|equal-words:no-rivals|{how}")
+    shown = [patients[i] for i in keep]
+    result: dict[str, Any] = retrieval(images[keep], texts[keep], None, f"studies:different-{by}|{how}", shown)
+    result["all_studies"] = retrieval(images, texts, equal, f"studies:all|equal-words:no-rivals|{how}", patients)
     table = np.array(labels)
     stated = (table != NOT_STATED).any(axis=1)
     if stated.any():
         own = f"studies:labelled|{how}"
-        result["same_labels"] = label_precision(images[stated], texts[stated], table[stated], own)
+        whose = [patients[i] for i in np.flatnonzero(stated)]
+        result["same_labels"] = label_precision(images[stated], texts[stated], table[stated], own, whose)
     return result
 
 
@@ -121,20 +124,25 @@ def tables_of(result: dict[str, Any]) -> Iterator[list[list[str]]]:
     from evaluation.retrieval_metrics import DIRECTIONS
     from evaluation.tables import digits
 
-    rows = [["ties against / expected / for", "R@1", "R@5", "R@10", "median rank", "n"]]
+    def ends(found: dict[str, Any], name: str, places: int) -> str:
+        low, high = found["ci"][name]
+        return f" [{low:.{places}f}, {high:.{places}f}]"
+
+    rows = [["ties against / expected / for [95%, ties against]", "R@1", "R@5", "R@10", "median rank", "n"]]
     for name, block in (("different studies", result), ("all studies, equal reports no rivals", result["all_studies"])):
         for direction in DIRECTIONS:
             found = block[direction]
             ways = (found, found["ties_expected"], found["ties_for"])
-            recalls = [" / ".join(digits(way[k], 2) for way in ways) for k in ("r1", "r5", "r10")]
-            ranks = " / ".join(f"{way['median_rank']:g}" for way in ways)
+            recalls = [" / ".join(digits(way[k], 2) for way in ways) + ends(found, k, 2) for k in ("r1", "r5", "r10")]
+            ranks = " / ".join(f"{way['median_rank']:g}" for way in ways) + ends(found, "median_rank", 1)
             rows.append([f"{name}, {direction.replace('_', ' ')}", *recalls, ranks, str(found["n"])])
         rows.append([f"{name}, chance", *(digits(value, 2) for value in found["chance"].values()), "", str(found["n"])])
     yield rows
     if "same_labels" in result:
         rows = [["same 14 labels", "P@1", "P@5", "P@10", "chance", "n"]]
         for direction, found in result["same_labels"].items():
-            precisions = [digits(found[f"precision_{k}"], 2) for k in (1, 5, 10)]
+            names = [f"precision_{k}" for k in (1, 5, 10)]
+            precisions = ["-" if found[k] is None else digits(found[k], 2) + ends(found, k, 2) for k in names]
             rows.append([direction.replace("_", " "), *precisions, digits(found["chance"], 2), str(found["n"])])
         yield rows
 

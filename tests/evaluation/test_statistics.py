@@ -36,6 +36,18 @@ def test_blocks_do_not_change_the_number_of_draws(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(samples, 7)
 
 
+def test_medians_are_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numpy's median of the values written out as often as the rows are drawn; blocks of one draw make the same ones."""
+    rng = np.random.default_rng(0)
+    values, clusters = rng.integers(1, 6, 30).astype(float), rng.integers(0, 9, 30).tolist()
+    drawn = statistics.resample(np.eye(30), clusters, draws=50).astype(int)  # how often each is in it
+    expected = [np.median(np.repeat(values, weights)) for weights in drawn]
+    assert len(set(expected)) > 1
+    np.testing.assert_array_equal(statistics.resample_median(values, clusters, draws=50), expected)
+    monkeypatch.setattr(statistics, "_BLOCK_ELEMENTS", 30)
+    np.testing.assert_array_equal(statistics.resample_median(values, clusters, draws=50), expected)
+
+
 def test_same_seed_same_draws() -> None:
     rows = np.arange(10.0)[:, None]
     first, again = (statistics.resample(rows, range(10), draws=50) for _ in range(2))
