@@ -7,7 +7,7 @@
 With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map of a word). In a corpus with boxes the heads
 are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film;
 predictions of these patients are refused.
-What is scored is the attention while the sentence that names a finding is written. In a corpus without boxes the maps are of the longest
+What is scored is the attention while the sentence that names a finding is written, with intervals ("ci") that resample patients. In a corpus without boxes the maps are of the longest
 word, averaged over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of
 every text, which launch.evaluate --attention shows under the mouse.
 
@@ -70,7 +70,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     """Maps of generated texts, and their scores in a corpus with boxes."""
     import numpy as np
 
-    from evaluation import heads
+    from evaluation import heads, phrases
     from evaluation.corpus import ANNOTATED, records_of
     from evaluation.pointing import box_mask, pointing_game
     from evaluation.predictions import read_predictions
@@ -94,7 +94,8 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         scored: list[Any] = list(best.read(looker.maps([sentence(t) for t in targets]))) if targets else []
         pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
         chosen = looker.named(best.chosen, maps)
-        result = {"chosen": chosen, "validation_accuracy": best.share, **asdict(pointing)}
+        made = phrases.signature(looker.what, "sentences-of-named-findings", size[0])
+        result = {"signature": made, "chosen": chosen, "validation_accuracy": best.share, **asdict(pointing)}
         if targets:
             result |= beyond_pointing(targets, scored, size)
     else:
@@ -183,6 +184,7 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
         return
     result = {
         "model": looker.what,
+        "signature": phrases.signature(looker.what, "phrases", looker.image_size),
         "chosen": looker.named(best.chosen, maps),
         "validation_patients": len(held),
         "validation_n": len(on),
@@ -228,7 +230,11 @@ def tell(result: dict[str, Any]) -> None:
     if not result["n"]:
         print("pointing game: no text names a finding that its film has.")
         return
-    print(f"pointing game: {result['accuracy']:.2f} of {result['n']} findings (chance {result['chance']:.2f})")
+    low, high = result["ci"]["accuracy"]
+    counts = f"{result['n']} findings of {result['patients']} patients"
+    print(
+        f"pointing game: {result['accuracy']:.2f} [{low:.2f}, {high:.2f}] of {counts} (chance {result['chance']:.2f})"
+    )
     control = result["shuffled"]
     if control["n"]:
         accuracy = f"{control['shuffled_accuracy']:.2f} (p {control['p']:.4f})"
@@ -236,25 +242,21 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def beyond_pointing(targets: "Sequence[Target]", maps: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1], and the control with other patients' maps."""
+    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1]; the intervals of these and of the pointing game,
+    which resample patients; and the control with other patients' maps."""
     import numpy as np
 
-    from evaluation import pointing
+    from evaluation import phrases, pointing
 
     masks = [pointing.box_mask(target.boxes, *size) for target in targets]
-    spans = [max(float(np.ptp(map_)), 1e-12) for map_ in maps]
-    scores = [
-        pointing.map_score((map_ - map_.min()) / span, mask)
-        for map_, span, mask in zip(maps, spans, masks, strict=True)
-        if not mask.all()
-    ]
-    contrasts = [score.contrast for score in scores if np.isfinite(score.contrast)]
     patients = [target.record["patient"] or target.record["id"] for target in targets]
+    rows = np.array([phrases.row(map_, mask) for map_, mask in zip(maps, masks, strict=True)])
+    found = phrases.means(rows, patients)
     control = pointing.against_shuffled(maps, masks, [target.name for target in targets], patients)
     return {
-        "mass": float(np.mean([score.mass for score in scores])) if scores else None,
-        "contrast": float(np.mean(contrasts)) if contrasts else None,
-        "mean_iou": float(np.mean([score.mean_iou for score in scores])) if scores else None,
+        **{name: found[name] and found[name]["value"] for name in ("above_chance", "mass", "contrast", "mean_iou")},
+        "ci": {name: found[name] and found[name]["ci"] for name in phrases.NAMES},
+        "patients": found["patients"],
         "shuffled": asdict(control),
     }
 

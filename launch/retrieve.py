@@ -43,7 +43,7 @@ def main(_: Sequence[str]) -> None:
     import jax
 
     from evaluation import corpus as corpora
-    from evaluation import tables
+    from evaluation import tables, zero_shot
     from rad_jax import input_pipeline, sharding, tasks
     from rad_jax import retrieval as towers
     from rad_jax.checkpoint import load_run
@@ -77,7 +77,7 @@ def main(_: Sequence[str]) -> None:
     length = run.config["data"]["text_length"]
     result = scores(embedded, source, annotated, options.candidates, f"text:findings-or-impression|tokens:{length}")
     if told:
-        result["zero_shot"] = classify(embedded, told, source)
+        result["zero_shot"] = classify(embedded, told, source, f"prompts:{zero_shot.digest(read_prompts())}|films:once")
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     for rows in tables_of(result):
         print(tables.markdown_table(rows))
@@ -149,16 +149,22 @@ def tables_of(result: dict[str, Any]) -> Iterator[list[list[str]]]:
 
 def prompt_vectors(model: Any, variables: Any, mesh: Any, corpus: Any) -> dict[str, tuple[Any, Any]]:
     """Class -> unit vectors of the texts that affirm and of those that deny it."""
-    from evaluation.zero_shot import read_prompts
     from rad_jax import prompts
     from rad_jax import retrieval as towers
 
-    texts = read_prompts(Path(flags.FLAGS.prompts) if flags.FLAGS.prompts else None)
+    texts = read_prompts()
     tokenizer, most = corpus.tokenizer(), model.config.text.max_positions
     flat = [text for sides in texts.values() for side in sides for text in side]
     ids = [prompts.render_clip(tokenizer, text, most).ids for text in flat]
     rows = iter(towers.embed_texts(model, variables, ids, mesh))
     return {name: tuple(next_rows(rows, len(side)) for side in sides) for name, sides in texts.items()}
+
+
+def read_prompts() -> dict[str, tuple[list[str], list[str]]]:
+    """The texts of --prompts, or our own."""
+    from evaluation import zero_shot
+
+    return zero_shot.read_prompts(Path(flags.FLAGS.prompts) if flags.FLAGS.prompts else None)
 
 
 def next_rows(rows: Iterator[Any], count: int) -> Any:
@@ -168,8 +174,8 @@ def next_rows(rows: Iterator[Any], count: int) -> Any:
     return np.stack(list(itertools.islice(rows, count)))
 
 
-def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source: Any) -> Any:
-    """AUROC of every class as plain JSON, also printed. A film with several texts counts once."""
+def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source: Any, how: str) -> Any:
+    """AUROC of every class as plain JSON, also printed. A film with several texts counts once. how: for the signatures."""
     import numpy as np
 
     from evaluation import zero_shot
@@ -179,7 +185,8 @@ def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source:
     images = embedded["images"][once]
     values = {name: zero_shot.scores(images, *sides) for name, sides in told.items()}
     labels = np.array([records[i]["labels"] for i in once])
-    result = zero_shot.evaluate(values, labels, [records[i]["patient"] or records[i]["id"] for i in once])
+    patients = [records[i]["patient"] or records[i]["id"] for i in once]
+    result = zero_shot.evaluate(values, labels, patients, how=how)
     for name, found in result["classes"].items():
         shown = "n/a" if found["auroc"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(found["auroc"], *found["ci"])
         print(f"  {name:28}{shown}  {found['positive']} positive of {found['n']}")

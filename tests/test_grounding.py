@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evaluation.looking import Looker
+from evaluation import phrases
+from evaluation.looking import Looker, Target
+from evaluation.pointing import pointing_game
 from launch import ground
 from rad_jax import tasks
 from rad_jax.corpus import Corpus
@@ -90,6 +92,31 @@ def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_
             ground.check_apart([one], rows, Path("p.jsonl"))
 
 
+def test_scores_of_predictions_have_intervals_of_patients(capsys):
+    """Twelve findings of four patients, three alike of each, half of whom are pointed at; two boxes cover the whole film and have no contrast."""
+    size, map_ = (8, 8), np.zeros((4, 4))
+    map_[0, 0] = 1.0
+    hit, miss, whole = [[0.0, 0.0, 4.0, 4.0]], [[4.0, 4.0, 8.0, 8.0]], [[0.0, 0.0, 8.0, 8.0]]
+    boxes = [hit, hit, whole, miss, miss, miss, hit, hit, whole, miss, miss, miss]
+    targets = [
+        Target({"id": f"s{i}", "patient": f"p{i // 3}"}, "", (0, 0), "nodule", own) for i, own in enumerate(boxes)
+    ]
+    found = ground.beyond_pointing(targets, [map_] * 12, size)
+    game = pointing_game([map_] * 12, boxes, [size] * 12)
+    assert (game.accuracy, found["patients"]) == (0.5, 4)
+    # Of four patients two: a draw of four has none, or all, with 1/16 each, which is more than 2.5%.
+    assert found["ci"]["accuracy"] == (0.0, 1.0)
+    assert found["mass"] == pytest.approx(4 / 10) and found["ci"]["mass"][0] < 0.4 < found["ci"]["mass"][1]
+    assert found["ci"]["chance"][0] <= game.chance <= found["ci"]["chance"][1]
+    assert found["above_chance"] == pytest.approx(game.accuracy - game.chance)
+    json.dumps(found, allow_nan=False)
+    ground.tell({**vars(game), **found})
+    assert "pointing game: 0.50 [0.00, 1.00] of 12 findings of 4 patients" in capsys.readouterr().out
+    signed = phrases.signature("llava", "phrases", 518)
+    assert signed.startswith("grounding|map:llava-attention|of:phrases|heads:at-most-8-chosen-on-other-patients|")
+    assert signed.endswith("|image:518px|unit:patient|ci:percentile-2000-seed0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage3", "stage1"])
 def test_command_on_real_boxes(chain, real, tmp_path, stage):
@@ -101,6 +128,7 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "grounding.json").read_text())
     assert result["model"] == {"stage3": "llava", "stage1": "tower"}[stage]
+    assert f"|map:{result['model']}-attention|of:phrases|" in result["signature"]
     assert result["n"] + result["validation_n"] + len(result["skipped"]) == 147  # boxes of one film and phrase are one
     assert result["patients"] + result["validation_patients"] == 44
     assert set(result["phrases"]) >= {"left lung", "right lung"}
@@ -188,6 +216,9 @@ def test_retrieval_and_zero_shot(chain, training, tmp_path):
     known = {name: scores["auroc"] for name, scores in zero_shot["classes"].items() if scores["auroc"] is not None}
     assert len(known) > 5 and zero_shot["mean_auroc"] == pytest.approx(np.mean(list(known.values())))
     assert f"zero-shot AUROC, mean of {len(known)}" in printed
+    assert (
+        f"|mean-of:{len(known)}-of-14-classes|" in zero_shot["signature"] and "|films:once|" in zero_shot["signature"]
+    )
 
     # With the texts that deny and those that affirm exchanged, every order is turned round.
     turned = {name: {"positive": sides[1], "negative": sides[0]} for name, sides in default_prompts().items()}
