@@ -1,6 +1,6 @@
 """The evaluation of predictions files: every number with its signature, n and interval, as one JSON object.
 
-Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
+Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit (what is resampled, by profile), access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
 published[{system, metric, profile, value, n, source, verified}], subgroups[{column, group, system, reports, name, value, ci, ...}],
 comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n, n_dropped, n_better, n_worse, effect, ...}], warnings[].
@@ -168,6 +168,8 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
     annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
     work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in files}, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
+    unit = ",".join(dict.fromkeys(part.setting.unit for part in scored))
+    result["inputs"] = [item | {"unit": unit} for item in result["inputs"]]
     result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), set(inputs[0].scores), options)
     return result, scored, ids
 
@@ -390,7 +392,6 @@ def _input(item: Input, ids: list[str], references: list[str], options: Options)
         "path": None if item.path is None else str(item.path),
         "sha256": None if item.path is None else sha256(item.path),
         "n": len(ids),
-        "unit": "report" if studies is None else "patient",
         "access": options.access,
         "read": len(item.read.rows) + len(item.read.malformed),
         "malformed": [{"line": line, "reason": reason} for line, reason in item.read.malformed],

@@ -130,6 +130,18 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
         assert part in text
 
 
+def test_the_unit_is_what_the_profiles_resample(memory: MemoryCorpus, tmp_path: Path) -> None:
+    """LLaVA-Rad's profile resamples reports, whether the patients are known or not."""
+    preds = write(tmp_path / "p.jsonl", PREDICTIONS)
+    cases = (("native", "memory", "patient"), ("llava-rad", "memory", "report"), ("native", None, "report"))
+    for profile, data, unit in (*cases, ("llava-rad,native", "memory", "report,patient")):
+        inputs = command.read_inputs([preds])
+        found = command.corpus_options(Path(data) if data else None, False, inputs)
+        result, scored, _ = report.score(inputs, report.Options(profiles=profile.split(","), **found))
+        assert result["inputs"][0]["unit"] == unit
+        assert [part.setting.unit for part in scored] == unit.split(",")
+
+
 def test_schema(tmp_path: Path) -> None:
     """The names and fields that readers of results.json rely on."""
     result = run_evaluate([write(tmp_path / "p.jsonl", PREDICTIONS)], tmp_path / "out")
