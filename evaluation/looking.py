@@ -1,7 +1,7 @@
 """Models that say where they look: a LLaVA while it writes a word, and the tower of a contrastive model."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,12 @@ from tqdm import tqdm
 
 from rad_jax import distributed
 from rad_jax.errors import UserError
+
+Keep = Callable[[np.ndarray], np.ndarray]
+
+
+def _whole(maps: np.ndarray) -> np.ndarray:
+    return maps
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,14 @@ class Looker(abc.ABC):
     what: str
 
     @abc.abstractmethod
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         """float32 [n, L, N, h, w] by layer and head: of a LLaVA the attention to the image when the span was about to be written, averaged
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
-        same in every head and moved so that its least is 0."""
+        same in every head and moved so that its least is 0.
+
+        keep: what is wanted of the maps of a batch, [b, L, N, h, w] to [b, ...], and then returned for all n: of a 7B model the maps of all layers
+        and heads are 6 MB for every target.
+        """
 
     def candidates(self, maps: np.ndarray) -> list[tuple[int, int]]:
         """(layer, head) of those of `maps` that differ: of the tower's last layer one stands for all."""
@@ -111,7 +121,7 @@ class _Model(Looker):
 class _Llava(_Model):
     what = "llava"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import sharding
@@ -125,8 +135,9 @@ class _Llava(_Model):
                 placed = self._placed(batch, sizes)
                 at = placed.pop("queries")
                 seen = sharding.gather(attention_to_image(self._model, self._variables, placed, at))
-            maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
-        return _square(np.stack(maps))
+            own = [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
 
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import prompts
@@ -144,7 +155,7 @@ class _Llava(_Model):
 class _Tower(_Model):
     what = "tower"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import prompts, sharding
@@ -164,10 +175,12 @@ class _Tower(_Model):
             with jax.set_mesh(self._mesh):
                 placed = self._placed(batch, sizes)
                 seen, like = sharding.gather(attention_of_tower(self._model, self._variables, placed))
+            own = []
             for attention, cosines in zip(seen[: len(chosen)], like[: len(chosen)], strict=True):
                 shape = (1, attention.shape[1], attention.shape[2])
-                maps.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
-        return _square(np.stack(maps))
+                own.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
 
 
 def _square(maps: np.ndarray) -> np.ndarray:

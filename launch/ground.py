@@ -91,7 +91,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         maps = looker.maps([sentence(t) for t in known])
         best = heads.choose(maps, [box_mask(t.boxes, *size) for t in known], looker.candidates(maps))
         targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
-        scored: list[Any] = list(best.read(looker.maps([sentence(t) for t in targets]))) if targets else []
+        scored: list[Any] = list(looker.maps([sentence(t) for t in targets], best.read)) if targets else []
         pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
         chosen = looker.named(best.chosen, maps)
         made = phrases.signature(looker.what, "sentences-of-named-findings", size[0])
@@ -103,7 +103,7 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     first: dict[str, Target] = {}
     for target in targets:
         first.setdefault(target.record["id"], target)
-    shown = one_map(looker.maps(list(first.values())), best) if first else []
+    shown: Any = looker.maps(list(first.values()), lambda maps: one_map(maps, best)) if first else []
     if every_word:
         write_words(looker, pairs, best, out, corpus.access)
     if not distributed.first():
@@ -150,9 +150,9 @@ def write_words(
     for record, text in pairs:
         spans = [found.span() for found in re.finditer(r"\w+", text)]
         if spans:
-            own = looker.maps([Target(record, text, span, "", []) for span in spans])
+            own = looker.maps([Target(record, text, span, "", []) for span in spans], lambda maps: one_map(maps, best))
             words[record["id"]] = {"text": text, "spans": spans}
-            maps[record["id"]] = one_map(own, best).astype(np.float16)
+            maps[record["id"]] = own.astype(np.float16)
     if distributed.first():
         out.mkdir(parents=True, exist_ok=True)
         access.create(out / "words.json", level).write_text(json.dumps(words) + "\n", encoding="utf-8")
@@ -174,12 +174,12 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
         Target({"id": r.film, "question": question, "image": r.image}, r.phrase, (0, len(r.phrase)), r.phrase, [])
         for r in kept
     ]
-    maps = looker.maps(targets)
     on = [i for i, region in enumerate(kept) if region.patient in held]
     rest = [i for i in range(len(kept)) if kept[i].patient not in held]
-    best = heads.choose(maps[on], [kept[i].mask for i in on], looker.candidates(maps))
-    read = best.read(maps)
-    found = phrases.scores(list(read[rest]), [kept[i] for i in rest])
+    maps = looker.maps([targets[i] for i in on])
+    best = heads.choose(maps, [kept[i].mask for i in on], looker.candidates(maps))
+    read = looker.maps([targets[i] for i in rest], best.read)
+    found = phrases.scores(list(read), [kept[i] for i in rest])
     if not distributed.first():
         return
     result = {
@@ -194,7 +194,7 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
-    named = {f"{kept[i].film}|{kept[i].phrase}": read[i] for i in rest}
+    named = {f"{kept[i].film}|{kept[i].phrase}": map_ for i, map_ in zip(rest, read, strict=True)}
     np.savez_compressed(out / "maps.npz", **named)
     tell_phrases(result)
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from evaluation import phrases
-from evaluation.looking import Looker, Target
+from evaluation.heads import Heads
+from evaluation.looking import Looker, Target, _Tower
 from evaluation.pointing import pointing_game
 from launch import ground
-from rad_jax import tasks
+from rad_jax import sharding, tasks
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 from rad_jax.grounding import attention_of_tower
@@ -64,7 +65,7 @@ def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_
     class Blind(Looker):
         image_size, what = 32, "llava"
 
-        def maps(self, targets):
+        def maps(self, targets, keep=None):
             raise AssertionError("looked")
 
     corpus = Corpus.open(training.corpus)
@@ -90,6 +91,27 @@ def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_
     for rows in ([other], [unnamed]):
         with pytest.raises(UserError, match="1 of its 1 patients"):
             ground.check_apart([one], rows, Path("p.jsonl"))
+
+
+def test_maps_are_kept_batch_by_batch(training):
+    """What is kept of every batch is what would be made of all the maps, and no more than a batch of whole maps is held."""
+    config, corpus = training.config("stage1"), Corpus.open(training.corpus)
+    model, variables = tasks.make_task(config).model, training.variables(config, seed=2)
+    mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+    looker = _Tower(model, variables, mesh, corpus.tokenizer(), mesh.size)
+    source = corpus.source("test")
+    targets = [
+        Target(source[i % len(source)], "The lungs are clear.", (0, 9), "", []) for i in range(2 * mesh.size + 1)
+    ]
+    maps, sizes = looker.maps(targets), []
+    best = Heads(((0, 1), (1, 0)), np.full(maps.shape[-2:], 0.01, np.float32), 1.0)
+
+    def keep(batch):
+        sizes.append(len(batch))
+        return best.read(batch)
+
+    np.testing.assert_array_equal(looker.maps(targets, keep), best.read(maps))
+    assert sizes == [mesh.size, mesh.size, 1]
 
 
 def test_scores_of_predictions_have_intervals_of_patients(capsys):
