@@ -289,9 +289,9 @@ class _Work:
                 true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
                 metrics += profiles.radgraph_scores(profile, true_entities, own, self.options.annotations_how)
             metrics += profiles.given_scores(profile, self.scores.get(system, {}), [self.ids[i] for i in kept])
+            for judged in self.options.judged if first else ():  # judges are not asked without a reference either
+                metrics += judging.metrics(judged[system], [self.ids[i] for i in kept]) if system in judged else []
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
-            for judged in self.options.judged if first else ():
-                metrics += judging.metrics(judged[system], self.ids) if system in judged else []
             if found:
                 against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
                 metrics = against + metrics
@@ -318,7 +318,11 @@ def _spread(metric: Metric, kept: list[int], count: int) -> Metric:
     """The metric over all `count` reports: those that do not count have rows of zeros."""
     rows = np.zeros((count, metric.rows.shape[1]))
     rows[kept] = metric.rows
-    return Metric(**{**vars(metric), "rows": rows})
+    scored = metric.scored
+    if scored is not None:
+        scored = np.zeros(count, bool)
+        scored[kept] = metric.scored
+    return Metric(**{**vars(metric), "rows": rows, "scored": scored})
 
 
 def lookup(result: Json, name: str, system: str | None = None, profile: str | None = None) -> Json | None:

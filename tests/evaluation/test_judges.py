@@ -164,6 +164,24 @@ def test_comparisons_are_over_the_reports_that_both_have_a_verdict_of():
     assert table[0][-1] == "n" and table[1][-1] == "3 (2 lack a score)"
 
 
+def test_a_report_without_a_reference_needs_no_verdict(tmp_path):
+    """launch.judge leaves it out, so its scores lack it; the rows of the others stay in their places."""
+    preds = tmp_path / "p.jsonl"
+    rows = [
+        {"id": i, "query": "", "reference": text, "prediction": "x"} for i, text in (("a", "x"), ("b", " "), ("c", "y"))
+    ]
+    preds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = {"p": judging.Judged("sig", {"a": {"green": 1.0}, "c": {}})}
+    _, scored, _ = report.score(evaluate.read_inputs([preds]), report.Options(judged=[judged]))
+    metric = next(m for m in scored[0].systems["p"] if m.name == "green")
+    assert metric.rows.tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]] and (metric.n, metric.n_failed) == (1, 1)
+    assert metric.scored is not None and metric.scored.tolist() == [True, False, False]
+    with pytest.raises(UserError, match="lack 1 of the 2 reports"):
+        report.score(
+            evaluate.read_inputs([preds]), report.Options(judged=[{"p": judging.Judged("s", {"a": {"green": 1.0}})}])
+        )
+
+
 def test_votes():
     votes = [chexprompt.scores(chexprompt.Counts((n, 0, 0, 0, 0, 0), (0,) * 6)) for n in (0, 1, 2)]
     verdict = judging.Verdict(votes)
