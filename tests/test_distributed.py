@@ -287,6 +287,7 @@ def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
     assert found.pop("shuffled") == pytest.approx(wanted.pop("shuffled"))
     assert found.pop("words") == wanted.pop("words")
     assert found.pop("chosen") == wanted.pop("chosen")
+    assert found.pop("signature") == wanted.pop("signature")
     ends, expected_ends = found.pop("ci"), wanted.pop("ci")
     assert ends.keys() == expected_ends.keys()
     for name, interval in expected_ends.items():
