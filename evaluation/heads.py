@@ -34,7 +34,7 @@ class Heads:
 
         Heads keep some of their attention on the same patches whatever the film, which says nothing about this one.
         """
-        return _sum(maps, self.weights) - self.mean
+        return weighted(maps, self.weights) - self.mean
 
 
 def choose(maps: np.ndarray, masks: Sequence[np.ndarray], candidates: Candidates) -> Heads:
@@ -48,7 +48,7 @@ def choose(maps: np.ndarray, masks: Sequence[np.ndarray], candidates: Candidates
     """
 
     def share(weights: np.ndarray) -> float:
-        read = _sum(maps, weights)
+        read = weighted(maps, weights)
         read = read - read.mean(axis=0)
         return float(np.mean([pointing.hit(map_, mask) for map_, mask in zip(read, masks, strict=True)]))
 
@@ -65,7 +65,7 @@ def choose(maps: np.ndarray, masks: Sequence[np.ndarray], candidates: Candidates
     weights = even if averaged else fitted
     heaviest = sorted(candidates, key=lambda place: -strength[place])
     chosen = tuple(ranked[:count] if averaged else heaviest[:MOST])
-    return Heads(chosen, weights, _sum(maps, weights).mean(axis=0), share(weights), averaged)
+    return Heads(chosen, weights, weighted(maps, weights).mean(axis=0), share(weights), averaged)
 
 
 def _fitted(maps: np.ndarray, masks: Sequence[np.ndarray], candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
@@ -96,6 +96,7 @@ def _share_of_patches(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return mask.astype(float).reshape(rows, height // rows, columns, width // columns).mean((1, 3))
 
 
-def _sum(maps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted(maps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """float32 [n, h, w]: the sum of maps [n, L, N, h, w] by weights [L, N]."""
     layers, heads = np.nonzero(weights)
     return np.einsum("nkhw,k->nhw", maps[:, layers, heads], weights[layers, heads])

@@ -1,7 +1,7 @@
 """Models that say where they look: a LLaVA while it writes a word, and the tower of a contrastive model."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from rad_jax import distributed
 from rad_jax.errors import UserError
 
 PARTS = 8  # of a film's side, to be covered one after the other
+TOKENS = 32  # of texts that are covered, lengths are multiples: each is a program to compile
+Keep = Callable[[np.ndarray], np.ndarray]
+
+
+def _whole(maps: np.ndarray) -> np.ndarray:
+    return maps
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,14 @@ class Looker(abc.ABC):
     what: str
 
     @abc.abstractmethod
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         """float32 [n, L, N, h, w] by layer and head: of a LLaVA the attention to the image when the span was about to be written, averaged
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
-        same in every head and moved so that its least is 0."""
+        same in every head and moved so that its least is 0.
+
+        keep: what is wanted of the maps of a batch, [b, L, N, h, w] to [b, ...], and then returned for all n: of a 7B model the maps of all layers
+        and heads are 6 MB for every target.
+        """
 
     def covered(self, targets: Sequence[Target]) -> np.ndarray:
         """float32 [n, h, w]: how much less likely the span becomes, in nats, when that part of the film is covered (Zeiler and Fergus 2014,
@@ -123,7 +133,7 @@ class _Model(Looker):
 class _Llava(_Model):
     what = "llava"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import sharding
@@ -137,8 +147,9 @@ class _Llava(_Model):
                 placed = self._placed(batch, sizes)
                 at = placed.pop("queries")
                 seen = sharding.gather(attention_to_image(self._model, self._variables, placed, at))
-            maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
-        return _square(np.stack(maps))
+            own = [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
 
     def covered(self, targets: Sequence[Target]) -> np.ndarray:
         import jax
@@ -146,30 +157,46 @@ class _Llava(_Model):
         from rad_jax import sharding
         from rad_jax.grounding import log_likelihood
 
-        rows = [self._row(target) for target in targets]
-        rows = [{**row, "count": np.array([len(row["queries"])])} for row in rows]
-        sizes = {name: max(len(row[name]) for row in rows) for name in ("tokens", "queries", "count")}
+        rows, places = self._texts(targets)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["tokens"]))  # texts of one batch are about as long
+        most = max(len(row["queries"]) for row in rows)
         side = self._model.config.vision.image_size // self._model.config.vision.patch_size
         parts = min(side, PARTS)
-        maps: list[np.ndarray] = []
-        for batch, chosen in self._batches(rows):
+        lost: list[np.ndarray] = []  # of each row, [h, w, Q]
+        for batch, chosen in self._batches([rows[i] for i in order]):
+            longest = -(-max(len(row["tokens"]) for row in batch) // TOKENS) * TOKENS
             with jax.set_mesh(self._mesh):
-                placed = self._placed(batch, sizes)
-                films, at, count = placed.pop("image"), placed.pop("queries"), placed.pop("count")[:, 0]
+                placed = self._placed(batch, {"tokens": longest, "queries": most})
+                films, at = placed.pop("image"), placed.pop("queries")
 
-                def likely(films: Any, placed: Any = placed, at: Any = at, count: Any = count) -> np.ndarray:
-                    batch = {**placed, "image": films}
-                    return sharding.gather(log_likelihood(self._model, self._variables, batch, at, count))
+                def likely(films: Any, placed: Any = placed, at: Any = at) -> np.ndarray:
+                    return sharding.gather(log_likelihood(self._model, self._variables, {**placed, "image": films}, at))
 
-                whole, lost = likely(films), np.zeros((len(batch), parts, parts), np.float32)
+                whole, found = likely(films), np.zeros((len(batch), parts, parts, most), np.float32)
                 pixels = np.stack([row["image"] for row in batch])
                 for y in range(parts):
                     for x in range(parts):
                         hidden = {"image": cover(pixels, y, x, self.image_size // parts)}
-                        lost[:, y, x] = whole - likely(sharding.place_whole(hidden, self._mesh)["image"])
-            maps.append(lost[: len(chosen)])
+                        found[:, y, x] = whole - likely(sharding.place_whole(hidden, self._mesh)["image"])
+            lost += list(found[: len(chosen)])
+        own = np.argsort(order)
+        maps = np.stack([lost[own[row]][..., span].sum(-1) for row, span in places])
         place = np.arange(side) * parts // side
-        return np.concatenate(maps)[:, place][:, :, place]
+        return maps[:, place][:, :, place]
+
+    def _texts(self, targets: Sequence[Target]) -> tuple[list[dict[str, Any]], list[tuple[int, slice]]]:
+        """A row for every text of a film, up to its last span, with the queries of all its targets; and each target's row and queries there."""
+        rows: dict[tuple[Any, str], dict[str, Any]] = {}
+        places: list[tuple[int, slice]] = []
+        for target in targets:
+            own, key = self._row(target), (target.record["id"], target.text)
+            row = rows.setdefault(key, {**own, "queries": []})
+            start = len(row["queries"])
+            row["queries"] = row["queries"] + own["queries"]
+            places.append((list(rows).index(key), slice(start, start + len(own["queries"]))))
+        for row in rows.values():
+            row["tokens"] = row["tokens"][: max(row["queries"]) + 2]
+        return list(rows.values()), places
 
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import prompts
@@ -187,7 +214,7 @@ class _Llava(_Model):
 class _Tower(_Model):
     what = "tower"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import prompts, sharding
@@ -207,10 +234,12 @@ class _Tower(_Model):
             with jax.set_mesh(self._mesh):
                 placed = self._placed(batch, sizes)
                 seen, like = sharding.gather(attention_of_tower(self._model, self._variables, placed))
+            own = []
             for attention, cosines in zip(seen[: len(chosen)], like[: len(chosen)], strict=True):
                 shape = (1, attention.shape[1], attention.shape[2])
-                maps.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
-        return _square(np.stack(maps))
+                own.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
 
 
 def cover(films: np.ndarray, y: int, x: int, size: int) -> np.ndarray:
