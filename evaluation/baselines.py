@@ -1,6 +1,6 @@
 """What a report generator must beat: answers that hardly look at the picture.
 
-Three of them: the report that occurs most often in training, whatever the image; a training report drawn at random; and the report of the
+Three of them: the normal report that occurs most often in training, whatever the image; a training report drawn at random; and the report of the
 training image whose 16 x 16 thumbnail is nearest, which sees exposure and rough shape and nothing else.
 """
 
@@ -10,19 +10,31 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from evaluation import labels, lexicon, rule_labeler
+
 THUMBNAIL = 16
 _BLOCK = 256
+_NO_FINDING, _DEVICES = (labels.CLASSES.index(name) for name in (lexicon.NO_FINDING, lexicon.DEVICES))
 
 
-def most_frequent_report(reports: Iterable[str]) -> str:
-    """The non-empty report that occurs most often (white space does not count); of equals the alphabetically first.
+def is_normal(report: str) -> bool:
+    """Whether the rule labeler reads "No Finding" and no device in a report."""
+    codes = rule_labeler.label(report)
+    return bool(codes[_NO_FINDING] == labels.POSITIVE and codes[_DEVICES] != labels.POSITIVE)
+
+
+def most_frequent_report(reports: Iterable[str]) -> tuple[str, bool]:
+    """The normal report that occurs most often (white space does not count), of equals the alphabetically first, and True; where no report
+    is normal, the most frequent of all, and False.
 
     Raises ValueError when every report is empty.
     """
     counts = Counter(text for text in (" ".join(report.split()) for report in reports) if text)
     if not counts:
         raise ValueError("no training report that is not empty")
-    return min(counts, key=lambda text: (-counts[text], text))
+    ordered = sorted(counts, key=lambda text: (-counts[text], text))
+    normal = next((text for text in ordered if is_normal(text)), None)  # labels no more reports than it must
+    return (ordered[0], False) if normal is None else (normal, True)
 
 
 def random_reports(reports: Sequence[str], count: int, seed: int = 0) -> list[str]:

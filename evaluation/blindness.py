@@ -23,7 +23,7 @@ def panel(systems: Mapping[str, Sequence[Metric]], setting: scoring.Setting) -> 
         setting: clusters and draws.
 
     Returns:
-        metric, blinded, real, blind, lost (real minus blind, with its interval) and kept (blind through real, with its interval; None where
+        metric, blinded, signature, real, blind, lost (real minus blind, with its interval) and kept (blind through real, with its interval; None where
         the real score is 0).
     """
     out = []
@@ -49,6 +49,7 @@ def _pair(real: Metric, blind: Metric, setting: scoring.Setting) -> dict[str, An
         "kept": scoring.number(kept),
         "kept_ci": statistics.percentile_interval(statistics.ratio(without, with_image)),
         "n": real.n,
+        "signature": f"{real.signature}|{setting.signature()}",
     }
 
 

@@ -71,6 +71,10 @@ def _ages(years: int) -> str:
     return f"{low:02d}-{next((age for age in AGES if age > low), 999) - 1}" if low < AGES[-1] else f"{low}+"
 
 
+FREQUENT = "most frequent normal report"
+NONE_NORMAL = "most frequent report (none is normal)"  # stands for it where the training split has no normal report
+
+
 def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
     """What the baselines of `evaluation.baselines` answer, from the training split: name -> {id: report}.
 
@@ -87,12 +91,12 @@ def baseline_reports(corpus: Corpus, records: dict[str, dict[str, Any]]) -> dict
             rows.append(row)
     if not reports:
         raise UserError(f"{corpus.path}: no training record with findings and a readable image to make baselines of")
-    common = baselines.most_frequent_report(reports)
+    common, normal = baselines.most_frequent_report(reports)
     own = {name: _thumbnail(corpus, record) for name, record in records.items()}
     readable = {name: row for name, row in own.items() if row is not None}
     nearest = baselines.nearest_reports(np.stack(rows), reports, np.array(list(readable.values())))
     return {
-        "most frequent report": dict.fromkeys(records, common),
+        FREQUENT if normal else NONE_NORMAL: dict.fromkeys(records, common),
         "random report": dict(zip(records, baselines.random_reports(reports, len(records)), strict=True)),
         "nearest thumbnail": dict.fromkeys(records, "") | dict(zip(readable, nearest, strict=True)),
     }

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from PIL import Image
 
 from evaluation import page
+from rad_jax.chat import access
 
 _STYLE = """
 .hist { display: block; width: 100%; height: auto; margin-top: 6px; }
@@ -51,7 +52,11 @@ class Part(TypedDict):
 
 
 def write(
-    path: str | os.PathLike[str], parts: Sequence[Part], warnings: Sequence[str], shared: page.Table | None
+    path: str | os.PathLike[str],
+    parts: Sequence[Part],
+    warnings: Sequence[str],
+    shared: page.Table | None,
+    level: str = access.PRIVATE,
 ) -> Path:
     """Writes the page whole or not at all; returns its path.
 
@@ -60,6 +65,7 @@ def write(
         parts: the corpora.
         warnings: what to mend before training; empty if nothing was found.
         shared: films that two splits share, if there are any.
+        level: who may have the corpora: unless it is public, the page is for its owner's eyes.
     """
     here = Path(__file__).parent
     body = [_notice(warnings)]
@@ -76,7 +82,7 @@ def write(
         body="\n".join(body),
         footer="Made by rad_jax. This page holds images, texts and ids of the corpus: it is as sensitive as the corpus.",
     )
-    return page.write(path, html)
+    return page.write(path, html, level)
 
 
 def _notice(warnings: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import page, report
-from evaluation.corpus import ANNOTATED, records_of
+from evaluation.corpus import ANNOTATED, FREQUENT, records_of
 from evaluation.overlay import overlay
 from evaluation.report import Parser, findings_of_annotations
 from rad_jax import images, metrics
@@ -42,7 +42,7 @@ def summarise(out: Path, seconds: dict[str, float], install_seconds: float | Non
             "laterality_n": laterality["n"],
             "noise_macro_f1": _value(results["noise"], "finding_macro_f1"),
             "shuffled_macro_f1": _value(results["shuffled"], "finding_macro_f1"),
-            "baseline_frequent_f1": _value(results["real"], "finding_macro_f1", "most frequent report"),
+            "baseline_frequent_f1": _value(results["real"], "finding_macro_f1", FREQUENT),
             "baseline_thumbnail_f1": _value(results["real"], "finding_macro_f1", "nearest thumbnail"),
             "pointing_accuracy": grounding["accuracy"],
             "pointing_chance": grounding["chance"],
@@ -107,9 +107,7 @@ def _tiles(summary: dict[str, Any]) -> list[page.Tile]:
         frequent, thumbnail = summary["baseline_frequent_f1"], summary["baseline_thumbnail_f1"]
         floors = FLOORS
         marks = [(floors["findings_macro_f1"], "floor"), (thumbnail, "nearest thumbnail")]
-        note = (
-            f"{summary['findings_classes']} findings, {summary['studies']} studies; most frequent report {frequent:.2f}"
-        )
+        note = f"{summary['findings_classes']} findings, {summary['studies']} studies; most frequent normal report {frequent:.2f}"
         tiles.append(tile("Finding macro F1", "findings_macro_f1", note, marks))
         note = f"of {summary['laterality_n']} findings with a side"
         tiles.append(

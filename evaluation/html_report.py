@@ -64,9 +64,7 @@ def render(result: Json, cases: Sequence[Case] = (), redacted: bool = False, acc
 
 def write(path: Path, html: str, access: str) -> None:
     """Writes the page; one of restricted data is for its owner's eyes only (mode 0600)."""
-    page.write(path, html)
-    if access != "public":
-        path.chmod(0o600)
+    page.write(path, html, access)
 
 
 def _notice(result: Json, redacted: bool, access: str) -> str:

@@ -184,14 +184,14 @@ def metrics(judged: Judged, ids: Sequence[str]) -> list[Metric]:
     for name in judged.names():
         columns[name] = _rows([row.get(name) for row in found])
         rated = int(columns[name][:, 1].sum())
-        out.append(Metric(name, f"{judged.signature}|mean", columns[name], mean, rated, n_failed=failed))
+        scored = columns[name][:, 1] > 0
+        out.append(Metric(name, f"{judged.signature}|mean", columns[name], mean, rated, n_failed=failed, scored=scored))
     for name, (first, second) in _HARMONIC.items():
         if first in columns and second in columns:
             both = np.concatenate([columns[first], columns[second]], axis=1)
-            rated = int(both.any(axis=1).sum())
-            out.append(
-                Metric(name, f"{judged.signature}|harmonic-mean-of-means", both, _harmonic, rated, n_failed=failed)
-            )
+            scored = np.asarray(both.any(axis=1))
+            how = f"{judged.signature}|harmonic-mean-of-means"
+            out.append(Metric(name, how, both, _harmonic, int(scored.sum()), n_failed=failed, scored=scored))
     return out
 
 

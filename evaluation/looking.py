@@ -1,7 +1,7 @@
 """Models that say where they look: a LLaVA while it writes a word, and the tower of a contrastive model."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,14 @@ from tqdm import tqdm
 
 from rad_jax import distributed
 from rad_jax.errors import UserError
+
+PARTS = 8  # of a film's side, to be covered one after the other
+TOKENS = 32  # of texts that are covered, lengths are multiples: each is a program to compile
+Keep = Callable[[np.ndarray], np.ndarray]
+
+
+def _whole(maps: np.ndarray) -> np.ndarray:
+    return maps
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,24 @@ class Looker(abc.ABC):
     what: str
 
     @abc.abstractmethod
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         """float32 [n, L, N, h, w] by layer and head: of a LLaVA the attention to the image when the span was about to be written, averaged
         over its tokens; of a tower the class token's attention, and as a last layer the likeness of each patch to the span's words, the
-        same in every head and moved so that its least is 0."""
+        same in every head and moved so that its least is 0.
+
+        keep: what is wanted of the maps of a batch, [b, L, N, h, w] to [b, ...], and then returned for all n: of a 7B model the maps of all layers
+        and heads are 6 MB for every target.
+        """
+
+    def covered(self, targets: Sequence[Target]) -> np.ndarray:
+        """float32 [n, h, w]: how much less likely the span becomes, in nats, when that part of the film is covered (Zeiler and Fergus 2014,
+        Visualizing and Understanding Convolutional Networks): a square of twice the part's side, in the median grey around it. Of at most
+        `PARTS` by `PARTS` parts, each of which is a pass through the model.
+
+        Raises:
+            UserError: of a tower, which writes nothing.
+        """
+        raise UserError("films are covered for a run of stage 2 or 3, which writes")
 
     def candidates(self, maps: np.ndarray) -> list[tuple[int, int]]:
         """(layer, head) of those of `maps` that differ: of the tower's last layer one stands for all."""
@@ -51,11 +73,11 @@ class Looker(abc.ABC):
         return [(layer, head) for layer in range(layers) for head in range(heads) if layer != alike or head == 0]
 
     def named(self, chosen: Sequence[tuple[int, int]], maps: np.ndarray) -> str:
-        """Words for some of `candidates`."""
-        likeness = maps.shape[1] - 1 if self.what == "tower" else -1
-        return ", ".join(
-            "likeness to the phrase" if layer == likeness else f"layer {layer} head {head}" for layer, head in chosen
+        """Words for some of `candidates`, and for what comes after the last layer of `maps`: covering."""
+        special = {maps.shape[1]: "covering"} | (
+            {maps.shape[1] - 1: "likeness to the phrase"} if self.what == "tower" else {}
         )
+        return ", ".join(special.get(layer, f"layer {layer} head {head}") for layer, head in chosen)
 
 
 def open_looker(checkpoint: Path, batch_size: int) -> Looker:
@@ -111,7 +133,7 @@ class _Model(Looker):
 class _Llava(_Model):
     what = "llava"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import sharding
@@ -125,8 +147,56 @@ class _Llava(_Model):
                 placed = self._placed(batch, sizes)
                 at = placed.pop("queries")
                 seen = sharding.gather(attention_to_image(self._model, self._variables, placed, at))
-            maps += [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
-        return _square(np.stack(maps))
+            own = [m[:, :, : len(row["queries"])].mean(2) for m, row in zip(seen, chosen, strict=False)]
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
+
+    def covered(self, targets: Sequence[Target]) -> np.ndarray:
+        import jax
+
+        from rad_jax import sharding
+        from rad_jax.grounding import log_likelihood
+
+        rows, places = self._texts(targets)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["tokens"]))  # texts of one batch are about as long
+        most = max(len(row["queries"]) for row in rows)
+        side = self._model.config.vision.image_size // self._model.config.vision.patch_size
+        parts = min(side, PARTS)
+        lost: list[np.ndarray] = []  # of each row, [h, w, Q]
+        for batch, chosen in self._batches([rows[i] for i in order]):
+            longest = -(-max(len(row["tokens"]) for row in batch) // TOKENS) * TOKENS
+            with jax.set_mesh(self._mesh):
+                placed = self._placed(batch, {"tokens": longest, "queries": most})
+                films, at = placed.pop("image"), placed.pop("queries")
+
+                def likely(films: Any, placed: Any = placed, at: Any = at) -> np.ndarray:
+                    return sharding.gather(log_likelihood(self._model, self._variables, {**placed, "image": films}, at))
+
+                whole, found = likely(films), np.zeros((len(batch), parts, parts, most), np.float32)
+                pixels = np.stack([row["image"] for row in batch])
+                for y in range(parts):
+                    for x in range(parts):
+                        hidden = {"image": cover(pixels, y, x, self.image_size // parts)}
+                        found[:, y, x] = whole - likely(sharding.place_whole(hidden, self._mesh)["image"])
+            lost += list(found[: len(chosen)])
+        own = np.argsort(order)
+        maps = np.stack([lost[own[row]][..., span].sum(-1) for row, span in places])
+        place = np.arange(side) * parts // side
+        return maps[:, place][:, :, place]
+
+    def _texts(self, targets: Sequence[Target]) -> tuple[list[dict[str, Any]], list[tuple[int, slice]]]:
+        """A row for every text of a film, up to its last span, with the queries of all its targets; and each target's row and queries there."""
+        rows: dict[tuple[Any, str], dict[str, Any]] = {}
+        places: list[tuple[int, slice]] = []
+        for target in targets:
+            own, key = self._row(target), (target.record["id"], target.text)
+            row = rows.setdefault(key, {**own, "queries": []})
+            start = len(row["queries"])
+            row["queries"] = row["queries"] + own["queries"]
+            places.append((list(rows).index(key), slice(start, start + len(own["queries"]))))
+        for row in rows.values():
+            row["tokens"] = row["tokens"][: max(row["queries"]) + 2]
+        return list(rows.values()), places
 
     def _row(self, target: Target) -> dict[str, Any]:
         from rad_jax import prompts
@@ -144,7 +214,7 @@ class _Llava(_Model):
 class _Tower(_Model):
     what = "tower"
 
-    def maps(self, targets: Sequence[Target]) -> np.ndarray:
+    def maps(self, targets: Sequence[Target], keep: Keep = _whole) -> np.ndarray:
         import jax
 
         from rad_jax import prompts, sharding
@@ -164,10 +234,24 @@ class _Tower(_Model):
             with jax.set_mesh(self._mesh):
                 placed = self._placed(batch, sizes)
                 seen, like = sharding.gather(attention_of_tower(self._model, self._variables, placed))
+            own = []
             for attention, cosines in zip(seen[: len(chosen)], like[: len(chosen)], strict=True):
                 shape = (1, attention.shape[1], attention.shape[2])
-                maps.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
-        return _square(np.stack(maps))
+                own.append(np.concatenate([attention, np.broadcast_to(cosines - cosines.min(), shape)]))
+            maps.append(keep(_square(np.stack(own))))
+        return np.concatenate(maps)
+
+
+def cover(films: np.ndarray, y: int, x: int, size: int) -> np.ndarray:
+    """Films uint8 [n, Y, X] whose part (y, x), of parts of so many pixels, is hidden with half a part around it."""
+    half, hidden = size // 2, films.copy()
+
+    def around(more: int) -> tuple[slice, slice, slice]:
+        rows, columns = (slice(max(0, k * size - more), (k + 1) * size + more) for k in (y, x))
+        return slice(None), rows, columns
+
+    hidden[around(half)] = np.median(films[around(2 * half)], axis=(1, 2), keepdims=True).astype(films.dtype)
+    return hidden
 
 
 def _square(maps: np.ndarray) -> np.ndarray:

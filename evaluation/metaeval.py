@@ -5,7 +5,7 @@ the other raters as each rater is: so every rater is left out in turn, and both 
 rest. Intervals resample clusters of rated reports; resampled taus are quadratic forms in the weights, so no pair is looked at twice.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ def evaluate(
     ratings: np.ndarray,
     clusters: Sequence[Hashable],
     *,
+    signs: Mapping[str, int] | None = None,
     draws: int = statistics.DRAWS,
     seed: int = statistics.SEED,
 ) -> Json:
@@ -44,7 +45,9 @@ def evaluate(
 
     Per score and measure (tau, distance): against the mean of all raters; left_out, the mean over left-out raters of the score against
     the rest; rater, that of the left-out raters themselves; and left_out minus rater, "gap"; each with a 95% interval. The sign of tau is
-    that of the score: negative when more is better and raters count errors; the gap compares sizes. Raises ValueError without two raters.
+    that of the score: negative when more is better and raters count errors. `signs` has for a score 1 where it should rise with the ratings and
+    -1 where it should fall, and the gap of tau is of the score so turned: a score that goes the wrong way is further from the raters than one
+    that is noise. A score that `signs` lacks has no such gap. Raises ValueError without two raters.
     """
     count, raters = ratings.shape
     if raters < 2:
@@ -63,7 +66,8 @@ def evaluate(
         for name, measure in measures.items():
             alone, drawn = (measure(values, everyone, w) for w in (None, weights))
             own = [sum(measure(values, rest[r], w) for r in range(raters)) / raters for w in (None, weights)]
-            gap = [np.abs(mine) - theirs for mine, theirs in zip(own, people[name], strict=True)]
+            sign = (signs or {}).get(score, np.nan) if name == "tau" else 1
+            gap = [sign * mine - theirs for mine, theirs in zip(own, people[name], strict=True)]
             out["scores"][score][name] = {
                 "all": _entry(alone, drawn),
                 "left_out": _entry(*own),

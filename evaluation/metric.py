@@ -4,7 +4,7 @@ The split is what makes intervals and tests cheap: a resample of reports is a we
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class Metric:
     scale: 1.0 or 100.0, the greatest score (of an error count: its unit).
     point: what is reported as the value instead of value(sum of rows); None for that.
     per_finding: the classes of a label metric with their own numbers, as plain JSON.
+    scored: bool [n], the reports that have a score, where some lack one that others have (a judge's verdict); None for all. A row of zeros
+        does not say that: a report without a finding in it has one too.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Metric:
     point: float | None = None
     per_finding: dict[str, Any] = field(default_factory=dict)
     n_failed: int = 0
+    scored: np.ndarray | None = None
 
     def total(self) -> float:
         """The score over all reports."""
@@ -41,6 +44,17 @@ class Metric:
     def each(self) -> np.ndarray:
         """The score of every report alone, float64 [n]."""
         return self.value(self.rows)
+
+
+def paired(a: Metric, b: Metric) -> tuple[Metric, Metric, int]:
+    """Both metrics over the reports that have a score of both systems, the others' rows zero, and how many were left out for that."""
+    if a.scored is None and b.scored is None:
+        return a, b, 0
+    count = len(a.rows)
+    in_a, in_b = (np.ones(count, bool) if m.scored is None else m.scored for m in (a, b))
+    both = in_a & in_b
+    first, second = (replace(m, rows=m.rows * both[:, None], scored=both, n=int(both.sum())) for m in (a, b))
+    return first, second, int((in_a | in_b).sum() - both.sum())
 
 
 def mean(totals: np.ndarray) -> np.ndarray:

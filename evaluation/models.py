@@ -13,6 +13,7 @@ import numpy as np
 from evaluation import bertscore, bleu, radcliq, radgraph, report, weights
 from evaluation.bert_labeler import BertLabeler
 from evaluation.bertscore import BertScore
+from evaluation.predictions import Predictions, Row
 from evaluation.radgraph_model import RadGraphModel
 
 _RADCLIQ_ENCODER = "distilroberta-base"
@@ -24,7 +25,8 @@ def fill(
     folder: Path,
     corpus: tuple[Sequence[str], str] | None = None,
 ) -> tuple[list[report.Input], report.Options]:
-    """The inputs and options with labels, annotations and scores of the models that `folder` holds; files given by the user stay.
+    """The inputs and options with labels, annotations and scores of the models that `folder` holds, of the predictions and of the baselines;
+    files given by the user stay.
 
     corpus: texts whose word frequencies weigh BERTScore, and the digest of their file.
 
@@ -33,7 +35,8 @@ def fill(
     there = [part.name for part in weights.ITEMS if not part.missing(folder)]
     weights.check(folder, there)
     whole = {row.id: row.reference for item in inputs for row in item.read.rows}
-    out, said = list(inputs), [text for item in inputs for text in _texts(item)]
+    out = [*inputs, *(_of_baseline(name, answers, whole) for name, answers in options.baselines.items())]
+    said = [text for item in out for text in _texts(item)]
     vectors: dict[str, np.ndarray] = {}
     signature: dict[str, str] = {}
     if "chexbert" in there:
@@ -60,7 +63,14 @@ def fill(
         dataclasses.replace(item, scores=item.scores | _scores(item, options, vectors, signature, scorer, frequencies))
         for item in out
     ]
-    return out, options
+    count = len(inputs)
+    return out[:count], dataclasses.replace(options, of_baselines=out[count:])
+
+
+def _of_baseline(name: str, answers: dict[str, str], references: dict[str, str]) -> report.Input:
+    """A baseline's reports as if they came from a file."""
+    rows = [Row(i, "", references[i], text, line=0) for i, text in answers.items() if i in references]
+    return report.Input(name, Predictions(rows, []))
 
 
 def _scores(
@@ -88,11 +98,12 @@ def _scores(
         pairs = [(item.annotations.get(i), options.reference_annotations.get(i)) for i in ids]
         columns[name] = np.array([radgraph.f1(a, b, "entity_relation", True) if a is not None and b is not None else np.nan for a, b in pairs])  # fmt: skip
     # RadCliQ's published models were fitted to scores without frequencies, of this one encoder.
-    fits = frequencies is None and scorer is not None and scorer.baseline is not None and scorer.baseline.name == _RADCLIQ_ENCODER  # fmt: skip
-    if fits and name in columns and "semb_score" in columns:
+    fits = scorer is not None and scorer.baseline is not None and scorer.baseline.name == _RADCLIQ_ENCODER
+    if scorer is not None and fits and name in columns and "semb_score" in columns:
+        plain = columns["bertscore"] if frequencies is None else scorer.score(said, true, None)[:, 2]
         words = bleu.count_rows(said, true, bleu.CONVENTIONS["radcliq"])
         columns["bleu_2"] = bleu.from_counts(words, 2, bleu.CONVENTIONS["radcliq"])
-        table = np.stack([columns[part] for part in radcliq.INPUTS], axis=1)
+        table = np.stack([(columns | {"bertscore": plain})[part] for part in radcliq.INPUTS], axis=1)
         made = f"bertscore:{how['bertscore'].split('|')[1]}|{how['semb_score']}|radgraph:{options.annotations_how}"
         for metric in radcliq.metrics(table, made):
             columns[metric.name], how[metric.name] = metric.each(), metric.signature

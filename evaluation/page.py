@@ -16,6 +16,7 @@ from typing import NotRequired, TypedDict
 from PIL import Image
 
 from evaluation import curve, findings
+from rad_jax.chat import access
 
 KINDS = {"right": "✓ correct", "wrong_side": "⇄ wrong side", "missed": "○ missed", "invented": "+ invented"}
 FOOTER = "Made by rad_jax. For research; not for clinical use."
@@ -141,19 +142,19 @@ class Context(TypedDict):
 
 
 def write_page(path: str | os.PathLike[str], context: Context) -> Path:
-    """Writes the page and returns its path; errors as `write`."""
-    return write(path, render(context))
+    """Writes the page and returns its path, for its owner's eyes unless the corpus is drawn; errors as `write`."""
+    return write(path, render(context), access.PUBLIC if context["corpus"]["synthetic"] else access.PRIVATE)
 
 
-def write(path: str | os.PathLike[str], html: str) -> Path:
-    """Writes a page and returns its path; the file appears whole or not at all.
+def write(path: str | os.PathLike[str], html: str, level: str = access.PUBLIC) -> Path:
+    """Writes a page and returns its path; the file appears whole or not at all, for its owner's eyes alone unless `level` is public.
 
     Raises OSError when it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8", errors="replace")
+    access.create(part, level).write_text(html, encoding="utf-8", errors="replace")
     os.replace(part, path)
     return path
 

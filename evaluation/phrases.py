@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import pointing, statistics
+from evaluation import heads, pointing, statistics
 from rad_jax import images, prompts
 from rad_jax.errors import UserError
 
@@ -136,37 +136,47 @@ def validation_patients(patients: Sequence[str]) -> set[str]:
 def scores(maps: Sequence[np.ndarray], regions: Sequence[Region]) -> dict[str, Any]:
     """Means over regions of one map [h, w] each, with intervals that resample patients, for all and for every phrase; and the control with
     other patients' maps of the same phrase. `above_chance` is the pointing accuracy less the share of the image inside."""
-    rows = np.array([_row(map_, region.mask) for map_, region in zip(maps, regions, strict=True)])
+    rows = np.array([row(map_, region.mask) for map_, region in zip(maps, regions, strict=True)])
     patients = [region.patient for region in regions]
     phrases = list(dict.fromkeys(region.phrase for region in regions))
     control = pointing.against_shuffled(maps, [r.mask for r in regions], [r.phrase for r in regions], patients)
     inside = {name: [i for i, region in enumerate(regions) if region.phrase == name] for name in phrases}
     return {
-        **_means(rows, patients),
-        "phrases": {name: _means(rows[own], [patients[i] for i in own]) for name, own in inside.items()},
+        **means(rows, patients),
+        "phrases": {name: means(rows[own], [patients[i] for i in own]) for name, own in inside.items()},
         "shuffled": vars(control),
     }
 
 
-_NAMES = ("accuracy", "chance", "above_chance", "mass", "contrast", "mean_iou")
+NAMES = ("accuracy", "chance", "above_chance", "mass", "contrast", "mean_iou")
 
 
-def _row(map_: np.ndarray, mask: np.ndarray) -> list[float]:
+def signature(what: str, of: str, size: int) -> str:
+    """How the scores of maps are made: what looks ("llava" or "tower"), what the maps are of, and the side of the square it sees."""
+    rules = f"less:their-mean-map|pointing:all-maxima-inside|iou:mean-of-{len(pointing.THRESHOLDS)}-thresholds"
+    made = f"grounding|map:{what}-attention|of:{of}|heads:at-most-{heads.MOST}-chosen-on-other-patients|{rules}|image:{size}px"
+    return f"{made}|unit:patient|ci:percentile-{DRAWS}-seed{statistics.SEED}"
+
+
+def row(map_: np.ndarray, mask: np.ndarray) -> list[float]:
+    """The `NAMES` of one map [h, w], scaled to [0, 1]; NaN of those that a mask of the whole square does not have."""
+    if mask.all():
+        return [float(pointing.hit(map_, mask)), 1.0, float(pointing.hit(map_, mask)) - 1.0, *[float("nan")] * 3]
     span = float(np.ptp(map_))
     score = pointing.map_score((map_ - map_.min()) / (span if span > 0 else 1.0), mask)
     hit, chance = float(pointing.hit(map_, mask)), float(mask.mean())
     return [hit, chance, hit - chance, score.mass, score.contrast, score.mean_iou]
 
 
-def _means(rows: np.ndarray, patients: Sequence[str]) -> dict[str, Any]:
-    """Value and interval of every score over the rows [n, 6]; a flat map has no contrast and is left out of that mean."""
+def means(rows: np.ndarray, patients: Sequence[str]) -> dict[str, Any]:
+    """Value and interval of every score over the rows [n, 6], patients drawn; a flat map has no contrast and is left out of that mean."""
     known = np.isfinite(rows)
     sums = np.concatenate([np.where(known, rows, 0.0), known.astype(float)], axis=1)
     ratio: Callable[[np.ndarray], np.ndarray] = lambda totals: statistics.ratio(totals[:, :6], totals[:, 6:])  # noqa: E731
     drawn = ratio(statistics.resample(sums, patients, draws=DRAWS))
     values = ratio(sums.sum(axis=0, keepdims=True))[0]
     out: dict[str, Any] = {"n": len(rows), "patients": len(set(patients))}
-    for i, name in enumerate(_NAMES):
+    for i, name in enumerate(NAMES):
         finite = bool(np.isfinite(values[i]))
         out[name] = {"value": float(values[i]), "ci": statistics.percentile_interval(drawn[:, i])} if finite else None
     return out

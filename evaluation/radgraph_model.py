@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from evaluation import encoder
 from evaluation.radgraph import Annotation
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 from rad_jax.interop import sources
 from rad_jax.prompts import Tokenizer, load_tokenizer
@@ -335,6 +336,6 @@ def _labels(folder: Path, namespace: str) -> list[str]:
 
 
 def write(path: Path, ids: Sequence[str], annotations: Sequence[Annotation]) -> None:
-    """A file that `radgraph.read` reads."""
+    """A file that `radgraph.read` reads, for its owner's eyes: it quotes the reports."""
     content = {name: {"entities": found} for name, found in zip(ids, annotations, strict=True)}
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    access.create(path, access.PRIVATE).write_text(json.dumps(content) + "\n", encoding="utf-8")

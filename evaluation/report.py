@@ -1,9 +1,9 @@
 """The evaluation of predictions files: every number with its signature, n and interval, as one JSON object.
 
-Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit, access, ...}], systems[{name, kind}],
+Schema (version 1): schema_version, created, tool, inputs[{path, sha256, n, unit (what is resampled, by profile), access, ...}], systems[{name, kind}],
 metrics[{name, profile, system, signature, value, ci, bootstrap_median, half_width, n, n_failed, scale, per_finding?}],
 published[{system, metric, profile, value, n, source, verified}], subgroups[{column, group, system, reports, name, value, ci, ...}],
-comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n_better, n_worse, effect, ...}], warnings[].
+comparisons[{metric, profile, a, b, diff, ci, p, p_holm, p_min, n, n_dropped, n_better, n_worse, effect, ...}], warnings[].
 The metrics of the first file come first, so the first entry of a name is its score.
 """
 
@@ -73,7 +73,7 @@ class Input:
 class Options:
     """What to compute. bleu: more conventions of `bleu.CONVENTIONS`, under the first profile. studies: id -> what the corpus knows; None for no corpus. parse: reads findings, for a corpus with truth.
 
-    baselines: name -> {id: report}, scored like the predictions. reference_labels, reference_annotations: as an
+    baselines: name -> {id: report}, scored like the predictions; of_baselines: what models say of them, where there are any. reference_labels, reference_annotations: as an
     `Input`'s, of the references; labels_how, annotations_how: what made them, for signatures.
     groups: id -> {column: value}, for subgroups. judged: system -> a judge's scores, one for every judge; they go to the first profile.
     """
@@ -83,6 +83,7 @@ class Options:
     studies: dict[str, Study] | None = None
     parse: Parser | None = None
     baselines: dict[str, dict[str, str]] = field(default_factory=dict)
+    of_baselines: Sequence[Input] = ()
     reference_labels: dict[str, np.ndarray] | None = None
     reference_annotations: dict[str, radgraph.Annotation] | None = None
     labels_by: str = "chexbert"
@@ -156,16 +157,19 @@ def score(inputs: Sequence[Input], options: Options) -> tuple[Json, list[Scored]
         "comparisons": [],
         "warnings": [],
     }  # fmt: skip
+    files = [*inputs, *options.of_baselines]
     labelled = {
         name: (np.array(true, np.int8), np.array(said, np.int8))
         for name, (true, said) in _given(
-            "--labels", {i.name: i.labels for i in inputs}, options.reference_labels, ids
+            "--labels", {i.name: i.labels for i in files}, options.reference_labels, ids
         ).items()
     }
-    own_annotations = {i.name: i.annotations for i in inputs}
+    own_annotations = {i.name: i.annotations for i in files}
     annotated = _given("--radgraph", own_annotations, options.reference_annotations, ids)
-    work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in inputs}, options)
+    work = _Work(ids, references, texts, known, labelled, annotated, {i.name: i.scores for i in files}, options)
     scored = [work.score(name, first=i == 0) for i, name in enumerate(options.profiles)]
+    unit = ",".join(dict.fromkeys(part.setting.unit for part in scored))
+    result["inputs"] = [item | {"unit": unit} for item in result["inputs"]]
     result["warnings"] = _warnings(result, known, bool(labelled), bool(annotated), set(inputs[0].scores), options)
     return result, scored, ids
 
@@ -205,6 +209,7 @@ def subgroups(scored: Sequence[Scored], ids: Sequence[str], options: Options) ->
                         **{
                             **vars(m),
                             "rows": m.rows[inside],
+                            "scored": None if m.scored is None else m.scored[inside],
                             "n": int(m.rows[inside].any(axis=1).sum()),
                             "per_finding": {},
                         }
@@ -233,7 +238,7 @@ def compare(scored: Sequence[Scored], trials: int) -> list[Json]:
 
 
 def _shared(first: Sequence[Metric], second: Sequence[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """Both systems' metrics of the same name: a baseline has no label file."""
+    """Both systems' metrics of the same name: a baseline has no label file of the user's."""
     by_name = {metric.name: metric for metric in second}
     kept = [metric for metric in first if metric.name in by_name]
     return kept, [by_name[metric.name] for metric in kept]
@@ -284,9 +289,9 @@ class _Work:
                 true_entities, own = ([table[i] for i in kept] for table in self.annotated[system])
                 metrics += profiles.radgraph_scores(profile, true_entities, own, self.options.annotations_how)
             metrics += profiles.given_scores(profile, self.scores.get(system, {}), [self.ids[i] for i in kept])
+            for judged in self.options.judged if first else ():  # judges are not asked without a reference either
+                metrics += judging.metrics(judged[system], [self.ids[i] for i in kept]) if system in judged else []
             metrics = [_spread(metric, kept, len(self.ids)) for metric in metrics]
-            for judged in self.options.judged if first else ():
-                metrics += judging.metrics(judged[system], self.ids) if system in judged else []
             if found:
                 against = findings.metrics(truth, found[system], min_support=self.options.min_support, classes=named)
                 metrics = against + metrics
@@ -313,7 +318,11 @@ def _spread(metric: Metric, kept: list[int], count: int) -> Metric:
     """The metric over all `count` reports: those that do not count have rows of zeros."""
     rows = np.zeros((count, metric.rows.shape[1]))
     rows[kept] = metric.rows
-    return Metric(**{**vars(metric), "rows": rows})
+    scored = metric.scored
+    if scored is not None:
+        scored = np.zeros(count, bool)
+        scored[kept] = metric.scored
+    return Metric(**{**vars(metric), "rows": rows, "scored": scored})
 
 
 def lookup(result: Json, name: str, system: str | None = None, profile: str | None = None) -> Json | None:
@@ -387,7 +396,6 @@ def _input(item: Input, ids: list[str], references: list[str], options: Options)
         "path": None if item.path is None else str(item.path),
         "sha256": None if item.path is None else sha256(item.path),
         "n": len(ids),
-        "unit": "report" if studies is None else "patient",
         "access": options.access,
         "read": len(item.read.rows) + len(item.read.malformed),
         "malformed": [{"line": line, "reason": reason} for line, reason in item.read.malformed],

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import statistics
+
 Json = dict[str, Any]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -39,6 +41,13 @@ class Ranks:
 def summary(ranks: Ranks, ties: str, at: Sequence[int] = AT) -> dict[str, float]:
     """Recall r1, r5, r10 (in [0, 1]), median_rank and mean_rank, with ties counted "against" the model, "for" it, or as "expected" over random
     orders of the tied."""
+    columns = _per_study(ranks, ties, at)
+    out = {name: float(values.mean()) for name, values in columns.items()}
+    return {**out, "median_rank": float(np.median(columns["mean_rank"]))}
+
+
+def _per_study(ranks: Ranks, ties: str, at: Sequence[int]) -> dict[str, np.ndarray]:
+    """What the means of `summary` are of: float64 [N] of every study."""
     ends = {
         "against": (ranks.last, ranks.last),
         "for": (ranks.first, ranks.first),
@@ -46,23 +55,41 @@ def summary(ranks: Ranks, ties: str, at: Sequence[int] = AT) -> dict[str, float]
     }
     low, high = ends[ties]
     # The own candidate is as likely at any rank from low to high.
-    recall = {f"r{k}": float(np.clip((k + 1 - low) / (high + 1 - low), 0.0, 1.0).mean()) for k in at}
-    middle = Ranks(high, low).expected
-    return {**recall, "median_rank": float(np.median(middle)), "mean_rank": float(middle.mean())}
+    hits = {f"r{k}": np.clip((k + 1 - low) / (high + 1 - low), 0.0, 1.0) for k in at}
+    return {**hits, "mean_rank": Ranks(high, low).expected}
+
+
+def intervals(ranks: Ranks, ties: str, patients: Sequence[Hashable], at: Sequence[int] = AT) -> dict[str, Any]:
+    """The 95% intervals of `summary`, under "ci": studies are drawn anew by patient, what they are ranked among stays."""
+    columns = _per_study(ranks, ties, at)
+    medians = statistics.resample_median(columns["mean_rank"], patients)
+    ends = _of_means(columns, patients) | {"median_rank": statistics.percentile_interval(medians)}
+    return {"ci": ends}
+
+
+def _of_means(columns: dict[str, np.ndarray], patients: Sequence[Hashable]) -> dict[str, statistics.Interval | None]:
+    rows = np.stack([*columns.values(), np.ones(len(patients))], axis=1)
+    drawn = statistics.resample(rows, patients)
+    return {name: statistics.percentile_interval(drawn[:, i] / drawn[:, -1]) for i, name in enumerate(columns)}
 
 
 def retrieval(
-    image: np.ndarray, text: np.ndarray, groups: Sequence[Hashable] | None = None, how: str = "studies:all"
+    image: np.ndarray,
+    text: np.ndarray,
+    groups: Sequence[Hashable] | None = None,
+    how: str = "studies:all",
+    patients: Sequence[Hashable] | None = None,
 ) -> dict[str, Json]:
     """Scores of both `DIRECTIONS` as plain JSON, from embeddings float [N, E].
 
     Args:
         image, text, groups: as in `both_ranks`, which also says what is refused.
         how: which studies these are and what was done about equal ones, for the signature.
+        patients: of every pair, whom `intervals` draw; without them there are none.
 
     Returns:
         direction -> the `summary` with ties counted against the model, n, and chance, the recall of a random order; "ties_for" and
-        "ties_expected" have the other summaries; each has a signature.
+        "ties_expected" have the other summaries; each has a signature and, with patients, intervals under "ci".
     """
     both = both_ranks(image, text, groups)
     count = len(image)
@@ -73,7 +100,10 @@ def retrieval(
     for direction, ranks in zip(DIRECTIONS, both, strict=True):
         against, hoped, expected = (
             summary(ranks, ties)
-            | {"signature": f"retrieval|{direction}|score:cosine|ties:{ties}|{how}|pool:{count}|scale:0-1"}
+            | ({} if patients is None else intervals(ranks, ties, patients))
+            | {
+                "signature": f"retrieval|{direction}|score:cosine|ties:{ties}|{how}|pool:{count}|scale:0-1{_ci(patients)}"
+            }
             for ties in ("against", "for", "expected")
         )
         out[direction] = {**against, "n": count, "chance": chance, "ties_for": hoped, "ties_expected": expected}
@@ -138,28 +168,45 @@ def nearest(query: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
 def precision_at(query: np.ndarray, candidates: np.ndarray, labels: np.ndarray, at: Sequence[int]) -> list[float]:
     """For every k of `at` the mean share of a query's k nearest candidates [N, E] that have exactly its labels [N, c]: right answers that need
     not be its own pair. Of equally near ones the first are taken. Errors as `nearest`."""
+    return [float(shares.mean()) for shares in _shares(query, candidates, labels, at)]
+
+
+def _shares(query: np.ndarray, candidates: np.ndarray, labels: np.ndarray, at: Sequence[int]) -> list[np.ndarray]:
+    """The shares of every query that `precision_at` means, [N] for every k."""
     _, same = np.unique(labels, axis=0, return_inverse=True)
     if min(at) < 1:
         raise ValueError(f"k must lie between 1 and {len(candidates)}, got {min(at)}")
     right = same[nearest(query, candidates, max(at))] == same[:, None]
-    return [float(right[:, :k].mean()) for k in at]
+    return [right[:, :k].mean(axis=1) for k in at]
+
+
+def _ci(patients: Sequence[Hashable] | None) -> str:
+    """The end of a signature: how the intervals are made, where there are any."""
+    return "" if patients is None else f"|unit:patient|ci:percentile-{statistics.DRAWS}-seed{statistics.SEED}"
 
 
 def label_precision(
-    image: np.ndarray, text: np.ndarray, labels: np.ndarray, how: str = "studies:all"
+    image: np.ndarray,
+    text: np.ndarray,
+    labels: np.ndarray,
+    how: str = "studies:all",
+    patients: Sequence[Hashable] | None = None,
 ) -> dict[str, Json]:
     """`precision_at` of both `DIRECTIONS` as plain JSON: precision_1, precision_5 and precision_10 (None where there are fewer candidates), chance,
-    which is the mean share of all that have a query's labels, n and the signature, in which `how` says which studies these are."""
+    which is the mean share of all that have a query's labels, n and the signature, in which `how` says which studies these are. With the
+    patients of the studies also 95% intervals under "ci", as `retrieval` has them."""
     count = len(image)
     at = [k for k in AT if k <= count]
     sizes = np.unique(labels, axis=0, return_counts=True)[1]
     chance = float((sizes.astype(np.float64) ** 2).sum()) / count**2
     out = {}
     for direction, pair in zip(DIRECTIONS, ((image, text), (text, image)), strict=True):
-        found = dict(zip(at, precision_at(*pair, labels, at), strict=True))
+        shares = {f"precision_{k}": own for k, own in zip(at, _shares(*pair, labels, at), strict=True)}
         right = f"right:same-{labels.shape[1]}-labels|own:counted"
-        signature = f"precision|{direction}|score:cosine|ties:first|{right}|{how}|pool:{count}|scale:0-1"
-        scores = {f"precision_{k}": found.get(k) for k in AT}
+        signature = f"precision|{direction}|score:cosine|ties:first|{right}|{how}|pool:{count}|scale:0-1{_ci(patients)}"
+        scores: Json = {f"precision_{k}": None for k in AT} | {name: float(own.mean()) for name, own in shares.items()}
+        if patients is not None:
+            scores["ci"] = _of_means(shares, patients)
         out[direction] = {**scores, "chance": chance, "n": count, "signature": signature}
     return out
 

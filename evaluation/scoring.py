@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evaluation import statistics
-from evaluation.metric import Metric
+from evaluation import directions, statistics
+from evaluation.metric import Metric, paired
 
 Json = dict[str, Any]
 IntervalKind = Literal["percentile", "bca"]
@@ -107,13 +107,16 @@ def compare(
 ) -> list[Json]:
     """Second system minus first, metric by metric: difference, interval, p of the paired randomisation test, and effect sizes.
 
-    name: both systems' names. p_holm is left to `adjust`, which knows the family.
+    name: both systems' names. p_holm is left to `adjust`, which knows the family. Reports that lack a score of either system count for
+    neither: n is what is left, n_dropped how many those are, and diff the difference over the n.
     """
+    pairs = [paired(a, b) for a, b in zip(first, second, strict=True)]
+    first, second = [a for a, _, _ in pairs], [b for _, b, _ in pairs]
     drawn = zip(_samples(first, setting), _samples(second, setting), strict=True)
     a_rows, b_rows = (np.concatenate([m.rows for m in metrics], axis=1) for metrics in (first, second))
     swapped = statistics.randomise(a_rows, b_rows, setting.clusters, trials=trials, seed=setting.seed)
     out, start = [], 0
-    for a, b, (a_totals, b_totals) in zip(first, second, drawn, strict=True):
+    for (a, b, dropped), (a_totals, b_totals) in zip(pairs, drawn, strict=True):
         stop = start + a.rows.shape[1]
         differences = b.value(b_totals) - a.value(a_totals)
         seen = b.total() - a.total()
@@ -137,6 +140,7 @@ def compare(
                 "n_better": better,
                 "n_worse": worse,
                 "n": b.n,
+                "n_dropped": dropped,
                 "scale": b.scale,
                 "signature": f"{b.signature}|{setting.signature()}|test:randomisation-{len(swapped.first)}",
             }
@@ -153,9 +157,9 @@ def adjust(comparisons: list[Json]) -> None:
 
 
 def _wins(a: Metric, b: Metric) -> tuple[int, int]:
-    """How many reports the second system scores better and worse on its own."""
+    """How many reports the second system scores better and worse on its own: of an error count less is better."""
     with np.errstate(invalid="ignore"):
-        change = b.each() - a.each()
+        change = (b.each() - a.each()) * (directions.direction(b.name) or 1)
     return int((change > 1e-12).sum()), int((change < -1e-12).sum())
 
 
@@ -191,6 +195,7 @@ class Gate:
 
     def fails(self, first: Metric, second: Metric, setting: Setting) -> bool:
         """Whether second minus first meets the condition."""
+        first, second, _ = paired(first, second)
         bound = self.bound * second.scale / 100.0 if self.pp else self.bound
         if self.level is None:
             seen = second.total() - first.total()

@@ -45,16 +45,36 @@ def _blocks(count: int, draws: int) -> Iterator[int]:
 def resample(rows: np.ndarray, clusters: Sequence[Hashable], *, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
     """Bootstrap totals, float64 [draws, k], of the counts `rows` [n, k]: clusters are drawn with replacement."""
     sums = sum_by_cluster(rows, clusters)
-    count = len(sums)
-    if count == 0:
+    if len(sums) == 0:
         return np.zeros((draws, rows.shape[1]))
+    return np.concatenate([weights @ sums for weights in _weights(len(sums), draws, seed)])
+
+
+def resample_median(
+    values: np.ndarray, clusters: Sequence[Hashable], *, draws: int = DRAWS, seed: int = SEED
+) -> np.ndarray:
+    """Bootstrap medians, float64 [draws], of `values` [n]: the same draws of clusters as `resample` makes."""
+    numbers: dict[Hashable, int] = {}
+    of = np.array([numbers.setdefault(name, len(numbers)) for name in clusters], dtype=np.int64)
+    order = np.argsort(values, kind="stable")
+    ordered, of = values[order], of[order]
+    out = []
+    for weights in _weights(len(numbers), draws, seed, held=len(values)):
+        below = np.cumsum(weights[:, of], axis=1)
+        total = below[:, -1:]
+        # The one or two in the middle: how many values end before them.
+        low, high = ((below <= place).sum(axis=1) for place in ((total - 1) // 2, total // 2))
+        out.append((ordered[low] + ordered[high]) / 2.0)
+    return np.concatenate(out)
+
+
+def _weights(count: int, draws: int, seed: int, held: int = 0) -> Iterator[np.ndarray]:
+    """How often each of `count` clusters is drawn, int64 [size, count], in blocks until there were `draws`; `held`: numbers that the caller
+    makes of a draw, when they are more. The draws do not depend on the blocks."""
     generator = np.random.default_rng(seed)
-    totals = []
-    for size in _blocks(count, draws):
+    for size in _blocks(max(count, held), draws):
         drawn = generator.integers(0, count, size=(size, count)) + count * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        totals.append(weights @ sums)
-    return np.concatenate(totals)
+        yield np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
 
 
 def percentile_interval(samples: np.ndarray, level: float = 0.95) -> Interval | None:
@@ -146,13 +166,14 @@ def randomise(
 def significance(differences: np.ndarray, seen: float, swapped: Swapped) -> Significance:
     """Two-sided p of the difference `seen` among those of the swapped systems, [trials]: the share at least as large in size.
 
-    With random swaps (c + 1) / (trials + 1), so that p is never 0. A difference that is not defined has p 1.
+    With random swaps (c + 1) / (trials + 1), so that p is never 0. A difference that is not defined has p 1; swaps after which it is not
+    (a rate of something that one side no longer has) count as at least as large, so that p is too large rather than too small.
     """
     trials = len(differences)
     least = min(1.0, 2.0 / 2**swapped.units) if swapped.exact else 1 / (trials + 1)
     if not np.isfinite(seen):
         return Significance(1.0, least, swapped.exact)
-    count = int((np.abs(differences) >= abs(seen) - 1e-12).sum())
+    count = int((~(np.abs(differences) < abs(seen) - 1e-12)).sum())
     return Significance(count / trials if swapped.exact else (count + 1) / (trials + 1), least, swapped.exact)
 
 

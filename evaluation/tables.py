@@ -111,13 +111,14 @@ def per_finding(result: Json, system: str) -> list[list[str]]:
 
 def comparisons(result: Json) -> list[list[str]]:
     """Head row and one row per comparison of a headline metric; empty when there is none."""
-    rows = [["metric", "profile", "b minus a", "difference (95%)", "p", "p (Holm)", "better", "worse"]]
+    rows = [["metric", "profile", "b minus a", "difference (95%)", "p", "p (Holm)", "better", "worse", "n"]]
     for row in result["comparisons"]:
         if row["metric"] in HEADLINES:
             difference = with_interval({"value": row["diff"], "ci": row["ci"], "scale": row["scale"]})
             names = [HEADLINES[row["metric"]], row["profile"], f"{row['b']} - {row['a']}"]
             tests = [digits(row["p"], 4), digits(row["p_holm"], 4), str(row["n_better"]), str(row["n_worse"])]
-            rows.append([*names, difference, *tests])
+            count = f"{row['n']} ({row['n_dropped']} lack a score)" if row["n_dropped"] else str(row["n"])
+            rows.append([*names, difference, *tests, count])
     return rows if len(rows) > 1 else []
 
 

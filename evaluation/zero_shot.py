@@ -4,6 +4,7 @@ A finding's score is the mean cosine with texts that affirm it less the mean wit
 scores above a negative one, ties counting half (Hanley and McNeil 1982); intervals resample patients.
 """
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,11 @@ def read_prompts(path: Path | None) -> dict[str, tuple[list[str], list[str]]]:
     return found
 
 
+def digest(prompts: Mapping[str, tuple[list[str], list[str]]]) -> str:
+    """Eight hexadecimal digits of the prompts, for signatures."""
+    return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def scores(images: np.ndarray, affirming: np.ndarray, denying: np.ndarray) -> np.ndarray:
     """float64 [n] of unit vectors: images [n, E] against texts [a, E] and [b, E]."""
     return images.astype(np.float64) @ (affirming.mean(axis=0) - denying.mean(axis=0)).astype(np.float64)
@@ -82,15 +88,20 @@ def auroc(values: np.ndarray, positive: np.ndarray, weights: np.ndarray | None =
 
 
 def evaluate(
-    values: Mapping[str, np.ndarray], labels: np.ndarray, patients: Sequence[Hashable], draws: int = statistics.DRAWS
+    values: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    patients: Sequence[Hashable],
+    draws: int = statistics.DRAWS,
+    how: str = "prompts:given",
 ) -> dict[str, Any]:
-    """AUROC of every class with its interval, and their mean over the classes that have both sides, as plain JSON.
+    """AUROC of every class with its interval, and their mean over the classes that have both sides, as plain JSON, each with its signature.
 
     Args:
         values: class -> scores [n].
         labels: int [n, 14] in a corpus's code: 1 positive, -1 uncertain (left out), 0 or -2 (not stated) negative.
         patients: of every image.
         draws: resamples of the patients; all classes see the same ones.
+        how: where the scores come from, for the signatures.
     """
     names = list(values)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(patients))}
@@ -102,6 +113,8 @@ def evaluate(
         weights = np.stack([np.bincount(row, minlength=len(numbers)) for row in picks])[:, of]
         for name in names:
             drawn[name].append(_of_class(values[name], labels[:, CLASSES.index(name)], weights))
+    rules = f"score:cosines-affirming-less-denying|uncertain:left-out|not-stated:negative|ties:half|{how}"
+    signature = f"{rules}|n:{len(labels)}|unit:patient|ci:percentile-{draws}-seed{statistics.SEED}"
     out: dict[str, Any] = {}
     for name in names:
         column = labels[:, CLASSES.index(name)]
@@ -109,11 +122,13 @@ def evaluate(
         known = bool(np.isfinite(value))
         interval = statistics.percentile_interval(np.concatenate(drawn[name])) if known else None
         counts = {"positive": int((column == 1).sum()), "uncertain": int((column == -1).sum()), "n": len(column)}
-        out[name] = {"auroc": value if known else None, "ci": interval, **counts}
+        own = {"signature": f"zero-shot-auroc|class:{name}|{signature}"}
+        out[name] = {"auroc": value if known else None, "ci": interval, **counts, **own}
     scored = [name for name in names if out[name]["auroc"] is not None]
     means = np.mean([np.concatenate(drawn[name]) for name in scored], axis=0) if scored else np.zeros(0)
     mean = float(np.mean([out[name]["auroc"] for name in scored])) if scored else None
-    return {"mean_auroc": mean, "ci": statistics.percentile_interval(means), "classes": out}
+    whole = f"zero-shot-auroc|mean-of:{len(scored)}-of-{len(names)}-classes|{signature}"
+    return {"mean_auroc": mean, "ci": statistics.percentile_interval(means), "signature": whole, "classes": out}
 
 
 def _of_class(values: np.ndarray, column: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

@@ -24,8 +24,8 @@ from absl import flags
 
 from evaluation import vision
 from rad_jax import errors
+from rad_jax.chat import access, command
 from rad_jax.chat import client as chat
-from rad_jax.chat import command
 from rad_jax.errors import UserError
 
 UNREADABLE = "unreadable image"
@@ -77,7 +77,8 @@ def write(options: Any) -> str:
         found[question.id] = answer
     rows = [row(source[number], found[number], corpus.access) for number in range(total)]
     beside = out.with_name(out.name + ".whole")
-    beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows)
+    access.create(beside, corpus.access).write_text(text, encoding="utf-8")
     beside.replace(out)
     known = {"corpus": corpus.identity(options.split, options.selection), "prompt": prompt.sha256}
     info = json.dumps(known | command.record(asked, options, corpus.access), indent=1)

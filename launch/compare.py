@@ -5,7 +5,7 @@
     python -m launch.compare BASE.jsonl NEW.jsonl --judged=A/scores.jsonl,B/scores.jsonl --fail_if="chexprompt_total > 0 at 95%"
 
 Every other file is compared with the first: the difference with its 95% interval, p of a randomisation test that swaps whole patients (whole
-reports without --data) between the two, p adjusted after Holm for all the tests made here, how many reports got better and worse, and
+reports without --data, and under profiles that resample reports) between the two, p adjusted after Holm for all the tests made here, how many reports got better and worse, and
 Cohen's d. comparisons.json holds them all, the screen the main metrics. --fail_if names differences (new minus base) that end the command
 with status 1: with "at 95%" only when the whole 95% interval lies beyond the bound; pp is hundredths of the metric's scale.
 --labels, --radgraph, --judged and --weights bring the metrics that they bring in launch.evaluate.

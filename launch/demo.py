@@ -102,7 +102,8 @@ class Demo:
         towers = [f"--checkpoint={out / 'stage1'}", f"--data={data}", "--candidates=100"]
         self._step("retrieve", ["retrieve", *towers, f"--out={out / 'retrieval.json'}"])
         real = f"--predictions={out / 'predictions_real.jsonl'}"
-        self._step("ground", ["ground", model, f"--data={data}", real, f"--out={out / 'grounding'}"])
+        covering = [] if self._options.full else ["--covering"]  # the long one's attention points well alone
+        self._step("ground", ["ground", model, f"--data={data}", real, *covering, f"--out={out / 'grounding'}"])
         bundle = [f"--out={out / 'bundle'}", "--overwrite", "--dtype=float32", "--max_new_tokens=48"]
         self._step("export", ["export", model, f"--data={data}", *bundle])
         self._report()

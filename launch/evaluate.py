@@ -36,6 +36,7 @@ from evaluation import bleu, html_sources, judging, labels, profiles, radgraph, 
 from evaluation.predictions import access_of, read_predictions
 from launch import label
 from rad_jax import errors
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 
 FILES = ("results.json", "results.md", "results.csv", "results.tex", "per_report.jsonl")
@@ -132,10 +133,9 @@ def evaluate(inputs: Sequence[report.Input], options: report.Options, out: Path,
     (out / "results.md").write_text(tables.markdown(result), encoding="utf-8")
     (out / "results.csv").write_text(tables.csv_text(result), encoding="utf-8")
     (out / "results.tex").write_text(tables.latex(result), encoding="utf-8")
-    with (out / "per_report.jsonl").open("w", encoding="utf-8") as file:
+    own = access.create(out / "per_report.jsonl", options.access)  # it has the reports' ids
+    with own.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    if options.access != "public":  # it has the reports' ids
-        (out / "per_report.jsonl").chmod(0o600)
     report.require(result, required)
     return result
 
@@ -223,7 +223,7 @@ def define_flags() -> None:
     define_score_flags()
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_boolean(
-        "baselines", False, "Also score the most frequent, a random and the nearest thumbnail's training report."
+        "baselines", False, "Also score the most frequent normal, a random and the nearest thumbnail's training report."
     )
     flags.DEFINE_multi_enum("bleu", [], list(bleu.CONVENTIONS), "BLEU-1 to -4 in this convention too; may be repeated.")
     flags.DEFINE_list("require", [], "Metrics without which the command fails.")

@@ -96,7 +96,7 @@ def write(writer: "Writer", options: Any) -> None:
 
     corpus = Corpus.open(options.data)
     total = min(options.limit or sys.maxsize, len(corpus.source(options.split, options.selection)))
-    unfinished = Unfinished(Path(options.out), writer.settings(corpus))
+    unfinished = Unfinished(Path(options.out), writer.settings(corpus), corpus.access)
     distributed.agree(f"{len(unfinished.rows)} studies written beside {options.out}")
     if unfinished.rows and distributed.first():
         print(f"{len(unfinished.rows)} studies are written already: going on after them.")

@@ -5,9 +5,11 @@
     python -m launch.ground --checkpoint=STAGE1 --boxes=grounding_boxes.csv --patients=reports.csv --out=OUT
 
 With --predictions: of generated texts. Writes OUT/grounding.json and OUT/maps.npz (study id -> map of a word). In a corpus with boxes the heads
-are chosen on the validation split with the reference texts and then used unchanged: up to eight, averaged, less what they look at in every film;
-predictions of these patients are refused.
-What is scored is the attention while the sentence that names a finding is written. In a corpus without boxes the maps are of the longest
+are chosen on the validation split with the reference texts and then used unchanged: up to eight averaged, or all of them weighted if that points
+better there, less what they look at in every film; predictions of these patients are refused. --covering adds a map to choose from: how much less
+likely the sentence becomes when a part of the film is covered.
+What is scored is the attention while the sentence that names a finding is written, with intervals ("ci") that resample patients. In a corpus
+without boxes the maps are of the longest
 word, averaged over heads of the last half of the layers. --every_word also writes OUT/words.json and OUT/words.npz, a map of every word of
 every text, which launch.evaluate --attention shows under the mouse.
 
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from rad_jax import distributed, errors
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Packed corpus, for --predictions.")
     flags.DEFINE_string("predictions", None, "What launch.generate wrote for a split of this corpus.")
     flags.DEFINE_bool("every_word", False, "Also write a map of every word of the predictions.")
+    flags.DEFINE_bool(
+        "covering", False, "Score also what the text loses where the film is covered: up to 64 more passes for each."
+    )
     flags.DEFINE_string("boxes", None, "CSV of films, phrases and boxes, instead of --data and --predictions.")
     flags.DEFINE_string("patients", None, "CSV with image and patient, for --boxes.")
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
@@ -58,18 +64,22 @@ def main(_: Sequence[str]) -> None:
     distributed.join()
     looker, out = open_looker(Path(options.checkpoint), options.batch_size), Path(options.out)
     if options.boxes:
-        of_phrases(looker, Path(options.boxes), Path(options.patients) if options.patients else None, out)
+        patients = Path(options.patients) if options.patients else None
+        of_phrases(looker, Path(options.boxes), patients, out, options.covering)
     elif looker.what == "tower":
         raise UserError(f"{options.checkpoint} writes no texts: give a run of stage 2 or 3, or --boxes")
     else:
-        of_predictions(looker, Path(options.data), Path(options.predictions), out, options.every_word)
+        data, predictions = Path(options.data), Path(options.predictions)
+        of_predictions(looker, data, predictions, out, options.every_word, options.covering)
 
 
-def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, every_word: bool) -> None:
+def of_predictions(
+    looker: "Looker", data: Path, predictions: Path, out: Path, every_word: bool = False, covering: bool = False
+) -> None:
     """Maps of generated texts, and their scores in a corpus with boxes."""
     import numpy as np
 
-    from evaluation import heads
+    from evaluation import heads, phrases
     from evaluation.corpus import ANNOTATED, records_of
     from evaluation.pointing import box_mask, pointing_game
     from evaluation.predictions import read_predictions
@@ -87,13 +97,20 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         validation = (source[number] for number in range(len(source)))
         known = [t for record in validation for t in finding_targets(record, record["findings"], size[0])]
         check_apart((t.record for t in known), (record for record, _ in pairs), predictions)
-        maps = looker.maps([sentence(t) for t in known])
-        best = heads.choose(maps, [box_mask(t.boxes, *size) for t in known], looker.candidates(maps))
+        maps, candidates = seen(looker, [sentence(t) for t in known], covering)
+        masks = [box_mask(t.boxes, *size) for t in known]
+        reading = heads.choose(maps, masks, candidates)
+        if covering:  # too much for every word, whose maps are for people
+            maps, candidates = maps[:, :-1], candidates[:-1]
+        best = heads.choose(maps, masks, candidates) if covering else reading
         targets = [t for record, text in pairs for t in finding_targets(record, text, size[0])]
-        scored: list[Any] = list(best.read(looker.maps([sentence(t) for t in targets]))) if targets else []
+        scored: list[Any] = []
+        if targets:
+            scored = list(looked(looker, reading, [sentence(t) for t in targets], covering))
         pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
-        chosen = looker.named(best.chosen, maps)
-        result = {"chosen": chosen, "validation_accuracy": best.share, **asdict(pointing)}
+        made = phrases.signature(looker.what, "sentences-of-named-findings", size[0])
+        chosen = {"chosen": in_words(looker, reading, maps), "validation_accuracy": reading.share}
+        result = {"signature": made, **chosen, **asdict(pointing)}
         if targets:
             result |= beyond_pointing(targets, scored, size)
     else:
@@ -101,9 +118,9 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
     first: dict[str, Target] = {}
     for target in targets:
         first.setdefault(target.record["id"], target)
-    shown = one_map(looker.maps(list(first.values())), best) if first else []
+    shown: Any = looker.maps(list(first.values()), lambda maps: one_map(maps, best)) if first else []
     if every_word:
-        write_words(looker, pairs, best, out)
+        write_words(looker, pairs, best, out, corpus.access)
     if not distributed.first():
         return
     if "accuracy" in result:
@@ -113,8 +130,37 @@ def of_predictions(looker: "Looker", data: Path, predictions: Path, out: Path, e
         name: {"word": target.text[slice(*target.span)], "finding": target.name, "boxes": target.boxes}
         for name, target in first.items()
     }
-    (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
+    told = json.dumps(result, indent=1) + "\n"  # it quotes words of the texts
+    access.create(out / "grounding.json", corpus.access).write_text(told, encoding="utf-8")
     np.savez_compressed(out / "maps.npz", **dict(zip(first, shown, strict=True)))
+
+
+def seen(looker: "Looker", targets: "Sequence[Target]", covering: bool) -> tuple[Any, list[tuple[int, int]]]:
+    """Maps of all heads, with a last layer of what covering parts of the film loses if that is wanted, and those to choose from."""
+    import numpy as np
+
+    maps = looker.maps(targets)
+    candidates = looker.candidates(maps)
+    if not covering:
+        return maps, candidates
+    lost = np.broadcast_to(looker.covered(targets)[:, None, None], (len(maps), 1, *maps.shape[2:]))
+    return np.concatenate([maps, lost], axis=1), [*candidates, (maps.shape[1], 0)]
+
+
+def looked(looker: "Looker", best: "Heads", targets: "Sequence[Target]", covering: bool) -> Any:
+    """float32 [n, h, w]: the maps of targets as the chosen heads show them, kept batch by batch."""
+    from evaluation.heads import weighted
+
+    if not covering:
+        return looker.maps(targets, best.read)
+    attention = looker.maps(targets, lambda maps: weighted(maps, best.weights[:-1]))
+    return attention + best.weights[-1, 0] * looker.covered(targets) - best.mean
+
+
+def in_words(looker: "Looker", best: "Heads", maps: Any) -> str:
+    """The chosen heads in words; `maps` are without what covering adds."""
+    names = looker.named(best.chosen, maps)
+    return f"mean of {names}" if best.averaged else f"weighted sum, above all of {names}"
 
 
 def check_apart(chosen_on: Iterable[dict[str, Any]], scored: Iterable[dict[str, Any]], predictions: Path) -> None:
@@ -132,7 +178,9 @@ def one_map(maps: Any, best: "Heads | None") -> Any:
     return best.read(maps) if best else maps[:, maps.shape[1] // 2 :].mean((1, 2))
 
 
-def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads | None", out: Path) -> None:
+def write_words(
+    looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads | None", out: Path, level: str
+) -> None:
     """words.json (id -> text and spans) and words.npz (id -> maps float16 [words, h, w])."""
     import re
 
@@ -145,16 +193,16 @@ def write_words(looker: "Looker", pairs: Sequence[tuple[Any, str]], best: "Heads
     for record, text in pairs:
         spans = [found.span() for found in re.finditer(r"\w+", text)]
         if spans:
-            own = looker.maps([Target(record, text, span, "", []) for span in spans])
+            own = looker.maps([Target(record, text, span, "", []) for span in spans], lambda maps: one_map(maps, best))
             words[record["id"]] = {"text": text, "spans": spans}
-            maps[record["id"]] = one_map(own, best).astype(np.float16)
+            maps[record["id"]] = own.astype(np.float16)
     if distributed.first():
         out.mkdir(parents=True, exist_ok=True)
-        (out / "words.json").write_text(json.dumps(words) + "\n", encoding="utf-8")
+        access.create(out / "words.json", level).write_text(json.dumps(words) + "\n", encoding="utf-8")
         np.savez_compressed(out / "words.npz", **maps)
 
 
-def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) -> None:
+def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path, covering: bool = False) -> None:
     """Maps of phrases on films with boxes, and their scores on the patients that nothing was chosen on."""
     import numpy as np
 
@@ -169,17 +217,18 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
         Target({"id": r.film, "question": question, "image": r.image}, r.phrase, (0, len(r.phrase)), r.phrase, [])
         for r in kept
     ]
-    maps = looker.maps(targets)
     on = [i for i, region in enumerate(kept) if region.patient in held]
     rest = [i for i in range(len(kept)) if kept[i].patient not in held]
-    best = heads.choose(maps[on], [kept[i].mask for i in on], looker.candidates(maps))
-    read = best.read(maps)
-    found = phrases.scores(list(read[rest]), [kept[i] for i in rest])
+    maps, candidates = seen(looker, [targets[i] for i in on], covering)
+    best = heads.choose(maps, [kept[i].mask for i in on], candidates)
+    read = looked(looker, best, [targets[i] for i in rest], covering)
+    found = phrases.scores(list(read), [kept[i] for i in rest])
     if not distributed.first():
         return
     result = {
         "model": looker.what,
-        "chosen": looker.named(best.chosen, maps),
+        "signature": phrases.signature(looker.what, "phrases", looker.image_size),
+        "chosen": in_words(looker, best, maps[:, :-1] if covering else maps),
         "validation_patients": len(held),
         "validation_n": len(on),
         "validation_accuracy": best.share,
@@ -188,7 +237,7 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path) 
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
-    named = {f"{kept[i].film}|{kept[i].phrase}": read[i] for i in rest}
+    named = {f"{kept[i].film}|{kept[i].phrase}": map_ for i, map_ in zip(rest, read, strict=True)}
     np.savez_compressed(out / "maps.npz", **named)
     tell_phrases(result)
 
@@ -224,7 +273,11 @@ def tell(result: dict[str, Any]) -> None:
     if not result["n"]:
         print("pointing game: no text names a finding that its film has.")
         return
-    print(f"pointing game: {result['accuracy']:.2f} of {result['n']} findings (chance {result['chance']:.2f})")
+    low, high = result["ci"]["accuracy"]
+    counts = f"{result['n']} findings of {result['patients']} patients"
+    print(
+        f"pointing game: {result['accuracy']:.2f} [{low:.2f}, {high:.2f}] of {counts} (chance {result['chance']:.2f})"
+    )
     control = result["shuffled"]
     if control["n"]:
         accuracy = f"{control['shuffled_accuracy']:.2f} (p {control['p']:.4f})"
@@ -232,25 +285,21 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def beyond_pointing(targets: "Sequence[Target]", maps: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1], and the control with other patients' maps."""
+    """Mass, contrast and overlap, means over the targets of their maps scaled to [0, 1]; the intervals of these and of the pointing game,
+    which resample patients; and the control with other patients' maps."""
     import numpy as np
 
-    from evaluation import pointing
+    from evaluation import phrases, pointing
 
     masks = [pointing.box_mask(target.boxes, *size) for target in targets]
-    spans = [max(float(np.ptp(map_)), 1e-12) for map_ in maps]
-    scores = [
-        pointing.map_score((map_ - map_.min()) / span, mask)
-        for map_, span, mask in zip(maps, spans, masks, strict=True)
-        if not mask.all()
-    ]
-    contrasts = [score.contrast for score in scores if np.isfinite(score.contrast)]
     patients = [target.record["patient"] or target.record["id"] for target in targets]
+    rows = np.array([phrases.row(map_, mask) for map_, mask in zip(maps, masks, strict=True)])
+    found = phrases.means(rows, patients)
     control = pointing.against_shuffled(maps, masks, [target.name for target in targets], patients)
     return {
-        "mass": float(np.mean([score.mass for score in scores])) if scores else None,
-        "contrast": float(np.mean(contrasts)) if contrasts else None,
-        "mean_iou": float(np.mean([score.mean_iou for score in scores])) if scores else None,
+        **{name: found[name] and found[name]["value"] for name in ("above_chance", "mass", "contrast", "mean_iou")},
+        "ci": {name: found[name] and found[name]["ci"] for name in phrases.NAMES},
+        "patients": found["patients"],
         "shuffled": asdict(control),
     }
 

@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from rad_jax import errors
+from rad_jax.chat import access
 
 _DATA = flags.DEFINE_list("data", None, "Packed corpora.", required=True)
 _OUT = flags.DEFINE_string("out", "out/corpus.html", "HTML file to write.")
@@ -57,7 +58,8 @@ def main(_: Sequence[str]) -> int:
         for row in leaks
     ]
     parts = [part(facts, _TEXT_LENGTH.value, _SELECTION.value, _PATCH_SIZE.value) for facts in found]
-    path = corpus_page.write(_OUT.value, parts, warnings, shared(rows))
+    level = access.strictest(corpus.access for corpus in corpora)
+    path = corpus_page.write(_OUT.value, parts, warnings, shared(rows), level)
     for facts in found:
         print(f"{facts.corpus.path}: {sum(facts.corpus.splits.values())} films, {len(facts.skipped)} left out")
         for line in advice(facts, _SELECTION.value, _PATCH_SIZE.value):

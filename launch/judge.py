@@ -33,8 +33,8 @@ import rad_jax
 from evaluation import chexprompt, crimson, green, judging, radfact, report, scoring, statistics, tables
 from evaluation.predictions import Row, access_of, read_predictions
 from rad_jax import errors
+from rad_jax.chat import access, command
 from rad_jax.chat import client as chat
-from rad_jax.chat import command
 from rad_jax.errors import UserError
 
 JUDGES = {module.NAME: module.judge for module in (chexprompt, green, radfact, crimson)} | {
@@ -103,11 +103,12 @@ def judge_file(path: Path, options: Any) -> str:
     result["judge"] = command.record(asked, options, level)
     result["inputs"][0]["access"] = level
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    scores = access.create(out / "scores.jsonl", level)  # it has the reports' ids
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     if any(verdict.evidence for verdict in verdicts):
         pointed = [{"id": pair.id, "evidence": verdict.evidence} for pair, verdict in zip(pairs, verdicts, strict=True)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pointed)
-        (out / "evidence.jsonl").write_text(text, encoding="utf-8")
+        access.create(out / "evidence.jsonl", level).write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return "\n".join(told(result)) + f"\nwritten: {out}/{{results.json,scores.jsonl}}"
 

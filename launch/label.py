@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from evaluation import agreement, labels, rule_labeler
 from rad_jax import errors
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 
 
@@ -67,7 +68,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def compare(texts: dict[str, str], table: np.ndarray, reference: dict[str, np.ndarray], out: Path) -> list[str]:
-    """Writes the disagreements with `reference` to `out` and says in lines how far the two agree.
+    """Writes the disagreements with `reference` to `out`, which quotes reports and is for its owner's eyes, and says in lines how far the two agree.
 
     Raises UserError when no id is in both.
     """
@@ -76,7 +77,7 @@ def compare(texts: dict[str, str], table: np.ndarray, reference: dict[str, np.nd
     if not rows:
         raise UserError("--against holds none of the ids: give the labels of the same reports, with the same --id")
     theirs, ours = np.array([reference[names[i]] for i in rows]), table[rows]
-    with out.open("w", encoding="utf-8", newline="") as file:
+    with access.create(out, access.PRIVATE).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "id", "reference", "rules", "text"])
         for column, row in agreement.disagreements(theirs, ours):

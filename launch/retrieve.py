@@ -5,7 +5,7 @@
 Recall at 1, 5 and 10, median and mean rank, in both directions, with ties counted against the model, for it, and as a random order of the tied
 would be. "image_to_text" and "text_to_image" are over studies that differ: by their true findings where the corpus knows them, else by their
 text; --candidates takes the first so many of them. "all_studies" is over all, where other studies with the same words in their report are no
-rivals. "same_labels" is the share of the nearest 1, 5 and 10 that have the same 14 labels, in a corpus that has labels. A film with several texts is
+rivals. Intervals ("ci") draw the studies anew by patient; what they are ranked among stays. "same_labels" is the share of the nearest 1, 5 and 10 that have the same 14 labels, in a corpus that has labels. A film with several texts is
 a study for each. Every block has chance beside it and a signature that says how it was made.
 
 --zero_shot also classifies the 14 CheXpert findings without training for it, by texts that affirm or deny each (--prompts=FILE for your own):
@@ -43,7 +43,7 @@ def main(_: Sequence[str]) -> None:
     import jax
 
     from evaluation import corpus as corpora
-    from evaluation import tables
+    from evaluation import tables, zero_shot
     from rad_jax import input_pipeline, sharding, tasks
     from rad_jax import retrieval as towers
     from rad_jax.checkpoint import load_run
@@ -77,7 +77,7 @@ def main(_: Sequence[str]) -> None:
     length = run.config["data"]["text_length"]
     result = scores(embedded, source, annotated, options.candidates, f"text:findings-or-impression|tokens:{length}")
     if told:
-        result["zero_shot"] = classify(embedded, told, source)
+        result["zero_shot"] = classify(embedded, told, source, f"prompts:{zero_shot.digest(read_prompts())}|films:once")
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     for rows in tables_of(result):
         print(tables.markdown_table(rows))
@@ -99,20 +99,23 @@ def scores(embedded: dict[str, Any], source: Any, annotated: bool, candidates: i
     from evaluation.retrieval_metrics import label_precision, retrieval
 
     images, texts = embedded["images"], embedded["texts"]
-    keys, equal, labels = [], [], []
+    keys, equal, labels, patients = [], [], [], []
     for number in embedded["index"]:
         record = source[int(number)]
         keys.append(key(record, annotated))
         equal.append(words(record))
         labels.append(record["labels"])
+        patients.append(record["patient"] or record["id"])
     keep, by = different(keys, candidates), "findings" if annotated else "words"
-    result: dict[str, Any] = retrieval(images[keep], texts[keep], how=f"studies:different-{by}|{how}")
-    result["all_studies"] = retrieval(images, texts, equal, f"studies:all|equal-words:no-rivals|{how}")
+    shown = [patients[i] for i in keep]
+    result: dict[str, Any] = retrieval(images[keep], texts[keep], None, f"studies:different-{by}|{how}", shown)
+    result["all_studies"] = retrieval(images, texts, equal, f"studies:all|equal-words:no-rivals|{how}", patients)
     table = np.array(labels)
     stated = (table != NOT_STATED).any(axis=1)
     if stated.any():
         own = f"studies:labelled|{how}"
-        result["same_labels"] = label_precision(images[stated], texts[stated], table[stated], own)
+        whose = [patients[i] for i in np.flatnonzero(stated)]
+        result["same_labels"] = label_precision(images[stated], texts[stated], table[stated], own, whose)
     return result
 
 
@@ -121,36 +124,47 @@ def tables_of(result: dict[str, Any]) -> Iterator[list[list[str]]]:
     from evaluation.retrieval_metrics import DIRECTIONS
     from evaluation.tables import digits
 
-    rows = [["ties against / expected / for", "R@1", "R@5", "R@10", "median rank", "n"]]
+    def ends(found: dict[str, Any], name: str, places: int) -> str:
+        low, high = found["ci"][name]
+        return f" [{low:.{places}f}, {high:.{places}f}]"
+
+    rows = [["ties against / expected / for [95%, ties against]", "R@1", "R@5", "R@10", "median rank", "n"]]
     for name, block in (("different studies", result), ("all studies, equal reports no rivals", result["all_studies"])):
         for direction in DIRECTIONS:
             found = block[direction]
             ways = (found, found["ties_expected"], found["ties_for"])
-            recalls = [" / ".join(digits(way[k], 2) for way in ways) for k in ("r1", "r5", "r10")]
-            ranks = " / ".join(f"{way['median_rank']:g}" for way in ways)
+            recalls = [" / ".join(digits(way[k], 2) for way in ways) + ends(found, k, 2) for k in ("r1", "r5", "r10")]
+            ranks = " / ".join(f"{way['median_rank']:g}" for way in ways) + ends(found, "median_rank", 1)
             rows.append([f"{name}, {direction.replace('_', ' ')}", *recalls, ranks, str(found["n"])])
         rows.append([f"{name}, chance", *(digits(value, 2) for value in found["chance"].values()), "", str(found["n"])])
     yield rows
     if "same_labels" in result:
         rows = [["same 14 labels", "P@1", "P@5", "P@10", "chance", "n"]]
         for direction, found in result["same_labels"].items():
-            precisions = [digits(found[f"precision_{k}"], 2) for k in (1, 5, 10)]
+            names = [f"precision_{k}" for k in (1, 5, 10)]
+            precisions = ["-" if found[k] is None else digits(found[k], 2) + ends(found, k, 2) for k in names]
             rows.append([direction.replace("_", " "), *precisions, digits(found["chance"], 2), str(found["n"])])
         yield rows
 
 
 def prompt_vectors(model: Any, variables: Any, mesh: Any, corpus: Any) -> dict[str, tuple[Any, Any]]:
     """Class -> unit vectors of the texts that affirm and of those that deny it."""
-    from evaluation.zero_shot import read_prompts
     from rad_jax import prompts
     from rad_jax import retrieval as towers
 
-    texts = read_prompts(Path(flags.FLAGS.prompts) if flags.FLAGS.prompts else None)
+    texts = read_prompts()
     tokenizer, most = corpus.tokenizer(), model.config.text.max_positions
     flat = [text for sides in texts.values() for side in sides for text in side]
     ids = [prompts.render_clip(tokenizer, text, most).ids for text in flat]
     rows = iter(towers.embed_texts(model, variables, ids, mesh))
     return {name: tuple(next_rows(rows, len(side)) for side in sides) for name, sides in texts.items()}
+
+
+def read_prompts() -> dict[str, tuple[list[str], list[str]]]:
+    """The texts of --prompts, or our own."""
+    from evaluation import zero_shot
+
+    return zero_shot.read_prompts(Path(flags.FLAGS.prompts) if flags.FLAGS.prompts else None)
 
 
 def next_rows(rows: Iterator[Any], count: int) -> Any:
@@ -160,8 +174,8 @@ def next_rows(rows: Iterator[Any], count: int) -> Any:
     return np.stack(list(itertools.islice(rows, count)))
 
 
-def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source: Any) -> Any:
-    """AUROC of every class as plain JSON, also printed. A film with several texts counts once."""
+def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source: Any, how: str) -> Any:
+    """AUROC of every class as plain JSON, also printed. A film with several texts counts once. how: for the signatures."""
     import numpy as np
 
     from evaluation import zero_shot
@@ -171,7 +185,8 @@ def classify(embedded: dict[str, Any], told: dict[str, tuple[Any, Any]], source:
     images = embedded["images"][once]
     values = {name: zero_shot.scores(images, *sides) for name, sides in told.items()}
     labels = np.array([records[i]["labels"] for i in once])
-    result = zero_shot.evaluate(values, labels, [records[i]["patient"] or records[i]["id"] for i in once])
+    patients = [records[i]["patient"] or records[i]["id"] for i in once]
+    result = zero_shot.evaluate(values, labels, patients, how=how)
     for name, found in result["classes"].items():
         shown = "n/a" if found["auroc"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(found["auroc"], *found["ci"])
         print(f"  {name:28}{shown}  {found['positive']} positive of {found['n']}")

@@ -30,8 +30,8 @@ from absl import flags
 
 from data.corpora import CORPORA
 from rad_jax import errors
+from rad_jax.chat import access, command
 from rad_jax.chat import client as chat
-from rad_jax.chat import command
 from rad_jax.errors import UserError
 
 MOST_FAILURES = 1000
@@ -84,7 +84,7 @@ def structure_corpus(options: Any) -> str:
     }
     if language == "en":
         found = {key: (document.findings, answers[key]) for key, document in documents.items()}
-        whole(Path(f"{out}.pairs.jsonl"), (json.dumps(pair, ensure_ascii=False) for pair in pairs(found, level)))
+        whole(Path(f"{out}.pairs.jsonl"), (json.dumps(pair, ensure_ascii=False) for pair in pairs(found, level)), level)
     return write(out, {key: answers[key] for key in documents}, info)
 
 
@@ -116,9 +116,9 @@ def write(out: Path, answers: dict[str, chat.Answer], info: dict[str, Any]) -> s
     kept = {key: answer.value for key, answer in answers.items() if not answer.reason}
     rejected = {key: answer for key, answer in answers.items() if answer.reason}
     level = info["access"]
-    whole(out, (json.dumps(structure.row(key, value, level), ensure_ascii=False) for key, value in kept.items()))
+    whole(out, (json.dumps(structure.row(key, value, level), ensure_ascii=False) for key, value in kept.items()), level)
     lines = ({"key": key, "access": level, "reason": a.reason, "answer": a.text} for key, a in rejected.items())
-    whole(Path(f"{out}.rejected.jsonl"), (json.dumps(line, ensure_ascii=False) for line in lines))
+    whole(Path(f"{out}.rejected.jsonl"), (json.dumps(line, ensure_ascii=False) for line in lines), level)
     words = Counter(word for value in kept.values() for word in value["residue"])
     reasons = Counter(answer.reason for answer in rejected.values())
     counts = {
@@ -130,17 +130,17 @@ def write(out: Path, answers: dict[str, chat.Answer], info: dict[str, Any]) -> s
         "with_residue": sum(bool(value["residue"]) for value in kept.values()),
         "residue": dict(words.most_common()),
     }
-    whole(Path(f"{out}.info.json"), [json.dumps(counts | info, indent=1)])
+    whole(Path(f"{out}.info.json"), [json.dumps(counts | info, indent=1)], level)
     told = f"{out}: {len(kept)} of {len(answers)} reports structured"
     if rejected:
         told += f", {len(rejected)} rejected ({chat.describe(reasons)}), see {out}.rejected.jsonl"
     return told + f"; {counts['with_residue']} may still speak of an earlier image, see {out}.info.json"
 
 
-def whole(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file in place of another one, whole or not at all."""
+def whole(path: Path, lines: Iterable[str], level: str) -> None:
+    """Writes a file in place of another one, whole or not at all, for its owner's eyes alone unless `level` is public."""
     beside = path.with_name(path.name + ".whole")
-    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    access.create(beside, level).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     beside.replace(path)
 
 

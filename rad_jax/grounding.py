@@ -43,6 +43,21 @@ def attention_to_image(model: Llava, variables: Tree, batch: dict[str, Any], que
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def log_likelihood(model: Llava, variables: Tree, batch: dict[str, Any], queries: Array) -> Array:
+    """How likely some tokens of a text are, given the film and the text before them: float32 [B, Q], natural logarithms.
+
+    Args:
+        model, variables, batch, queries: as in `attention_to_image`; of the token after each query.
+    """
+    vision = model.config.vision
+    assert vision is not None, "a language model alone looks at no image"
+    images = normalise(batch["image"], jnp, vision.pixel_mean, vision.pixel_std)
+    logits = model.apply(variables, batch["tokens"], batch["length"], images, queries)
+    following = jnp.take_along_axis(batch["tokens"], queries + 1, axis=1)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), following[..., None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def attention_of_tower(model: Clip, variables: Tree, batch: dict[str, Any]) -> tuple[Array, Array]:
     """Attention of the tower's class token, and how like each patch is to a phrase.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rad_jax.chat import access
 from rad_jax.errors import UserError
 
 _MULTIPLE = 64  # tokens that a length is rounded up to; each rounded length is compiled once
@@ -37,7 +38,7 @@ def by_length(lengths: np.ndarray, batch_size: int, multiple: int = _MULTIPLE) -
 class Unfinished:
     """OUT.partial: rows as they come, each on disk when its batch is done; a later start with the same settings goes on from there.
 
-    The first line holds the settings, every other one a row with the number it is sorted by in the end.
+    Both files are for their owner's eyes unless `level` is public. The first line holds the settings, every other one a row with the number it is sorted by in the end.
 
     Attributes:
         rows: what is written so far, by number.
@@ -46,8 +47,8 @@ class Unfinished:
         UserError: the file is of other settings.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]):
-        self._out, self._path = out, out.with_name(out.name + ".partial")
+    def __init__(self, out: Path, settings: Mapping[str, Any], level: str = access.PRIVATE):
+        self._out, self._path, self._level = out, out.with_name(out.name + ".partial"), level
         self._head = json.dumps(settings, sort_keys=True).encode()
         self.rows: dict[int, dict[str, str]] = {}
         # A killed process may leave half a line, which has no end.
@@ -64,8 +65,9 @@ class Unfinished:
         lines = [json.dumps([*item], ensure_ascii=False).encode() for item in found.items()]
         if not self._size:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            access.create(self._path, self._level)
             lines = [self._head, *lines]
-        with self._path.open("r+b" if self._size else "wb") as file:
+        with self._path.open("r+b") as file:
             file.truncate(self._size)
             file.seek(self._size)
             self._size += file.write(b"".join(line + b"\n" for line in lines))
@@ -75,6 +77,8 @@ class Unfinished:
         """Makes OUT, whole or not at all: the rows with numbers below `count`, in order."""
         rows = (self.rows[number] for number in sorted(self.rows) if number < count)
         whole = self._out.with_name(self._out.name + ".whole")
-        whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        access.create(whole, self._level).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         whole.replace(self._out)
         self._path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import os
 import stat
 import time
 
@@ -313,6 +314,27 @@ def test_restricted_data_stays_here(url, local):
 def test_no_attestation(text):
     with pytest.raises(UserError, match="attested_by"):
         access.check("https://api.example.org/v1", "private", text)
+
+
+def test_restricted_files_are_their_owners_from_the_first_byte(tmp_path):
+    """Whatever the umask is, and of a file that others could read before; what is public is as the umask says."""
+
+    def mode(path):
+        return stat.S_IMODE(path.stat().st_mode)
+
+    before = os.umask(0o022)
+    try:
+        for level, expected in (("public", 0o644), ("credentialed", 0o600), ("private", 0o600), ("unstated", 0o600)):
+            assert mode(access.create(tmp_path / level, level)) == expected
+        old = tmp_path / "old"
+        old.write_text("text")
+        assert mode(old) == 0o644
+        made = access.create(old, "private")
+        assert made == old and mode(old) == 0o600 and old.read_text() == ""
+        made.write_text("more")
+        assert mode(old) == 0o600
+    finally:
+        os.umask(before)
 
 
 def test_the_strictest_level():

@@ -36,8 +36,8 @@ def test_phantom_reaches_its_floors(tmp_path):
     assert summary["findings_macro_f1"] > max(summary["baseline_frequent_f1"], summary["baseline_thumbnail_f1"])
     assert summary["noise_macro_f1"] < summary["findings_macro_f1"] / 2
     assert summary["shuffled_macro_f1"] < summary["findings_macro_f1"] / 2
-    # The long demo reaches three times chance; so short a one does not always.
-    assert summary["pointing_accuracy"] > 2 * summary["pointing_chance"]
+    assert summary["pointing_accuracy"] > 2.5 * summary["pointing_chance"]  # 3.5 where this was written
+    assert summary["pointing_accuracy"] > summary["pointing_shuffled"] and summary["pointing_p"] < 0.01
     assert summary["export_text_equal"] is True
     assert summary["export_max_abs_logit_diff"] < 1e-3
     assert (out / "index.html").stat().st_size > 100_000

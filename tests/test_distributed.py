@@ -287,6 +287,11 @@ def test_processes_write_what_one_writes(training, chain, jobs, tmp_path):
     assert found.pop("shuffled") == pytest.approx(wanted.pop("shuffled"))
     assert found.pop("words") == wanted.pop("words")
     assert found.pop("chosen") == wanted.pop("chosen")
+    assert found.pop("signature") == wanted.pop("signature")
+    ends, expected_ends = found.pop("ci"), wanted.pop("ci")
+    assert ends.keys() == expected_ends.keys()
+    for name, interval in expected_ends.items():
+        assert ends[name] == pytest.approx(interval, rel=1e-5, abs=1e-9)
     assert found == pytest.approx(wanted, rel=1e-5)  # means over maps, float32
     maps, expected = (np.load(out / "grounding/maps.npz") for out in (two, one))
     assert maps.files == expected.files

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evaluation.looking import Looker
+from evaluation import looking, phrases
+from evaluation.heads import Heads
+from evaluation.looking import Looker, Target, _Llava, _Tower
+from evaluation.pointing import pointing_game
 from launch import ground
-from rad_jax import tasks
+from rad_jax import sharding, tasks
 from rad_jax.corpus import Corpus
 from rad_jax.errors import UserError
 from rad_jax.grounding import attention_of_tower
@@ -62,7 +65,7 @@ def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_
     class Blind(Looker):
         image_size, what = 32, "llava"
 
-        def maps(self, targets):
+        def maps(self, targets, keep=None):
             raise AssertionError("looked")
 
     corpus = Corpus.open(training.corpus)
@@ -90,6 +93,99 @@ def test_heads_are_not_scored_on_the_patients_they_were_chosen_on(training, tmp_
             ground.check_apart([one], rows, Path("p.jsonl"))
 
 
+def test_maps_are_kept_batch_by_batch(training):
+    """What is kept of every batch is what would be made of all the maps, and no more than a batch of whole maps is held."""
+    config, corpus = training.config("stage1"), Corpus.open(training.corpus)
+    model, variables = tasks.make_task(config).model, training.variables(config, seed=2)
+    mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+    looker = _Tower(model, variables, mesh, corpus.tokenizer(), mesh.size)
+    source = corpus.source("test")
+    targets = [
+        Target(source[i % len(source)], "The lungs are clear.", (0, 9), "", []) for i in range(2 * mesh.size + 1)
+    ]
+    maps, sizes = looker.maps(targets), []
+    weights = np.zeros(maps.shape[1:3], np.float32)
+    weights[0, 1] = weights[1, 0] = 0.5
+    best = Heads(((0, 1), (1, 0)), weights, np.full(maps.shape[-2:], 0.01, np.float32), 1.0, True)
+
+    def keep(batch):
+        sizes.append(len(batch))
+        return best.read(batch)
+
+    np.testing.assert_array_equal(looker.maps(targets, keep), best.read(maps))
+    assert sizes == [mesh.size, mesh.size, 1]
+
+
+def test_what_is_lost_where_a_film_is_covered(training, monkeypatch):
+    """Against the logits of whole texts, one target and one hidden part at a time; targets of one text share a pass, whatever their order."""
+    config, corpus = training.config("stage3"), Corpus.open(training.corpus)
+    model, variables = tasks.make_task(config).model, training.variables(config, seed=2)
+    mesh = sharding.make_mesh(jax.device_count(), 1, 1)
+    looker = _Llava(model, variables, mesh, corpus.tokenizer(), mesh.size)
+    source = corpus.source("test")
+    texts = ["The lungs are clear. There is a large effusion on the left, and a nodule.", "Clear."]
+    places = [(0, 0, (4, 9)), (1, 1, (0, 5)), (0, 0, (32, 40)), (1, 0, (63, 71))]  # film, text, span
+    targets = [Target(source[film], texts[text], span, "", []) for film, text, span in places]
+    monkeypatch.setattr(looking, "PARTS", 2)
+    found = looker.covered(targets)
+    vision = model.config.vision
+    assert found.shape == (4, 4, 4) and vision is not None
+    for target, map_ in zip(targets, found, strict=True):
+        row = looker._row(target)
+        tokens = np.array([row["tokens"]], np.int32)
+
+        def likely(film, row=row, tokens=tokens):
+            pixels = normalise(film[None], jnp, vision.pixel_mean, vision.pixel_std)
+            every = np.arange(tokens.shape[1])[None]
+            logits = np.asarray(model.apply(variables, tokens, np.array([tokens.shape[1]]), pixels, every), np.float64)[
+                0
+            ]
+            logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            return sum(logs[at, tokens[0, at + 1]] for at in row["queries"])
+
+        for y in range(2):
+            for x in range(2):
+                lost = likely(row["image"]) - likely(looking.cover(row["image"][None], y, x, 16)[0])
+                np.testing.assert_allclose(map_[2 * y : 2 * y + 2, 2 * x : 2 * x + 2], lost, atol=2e-5)
+    assert np.abs(found).max() > 1e-3
+    with pytest.raises(UserError, match="films are covered for a run of stage 2 or 3"):
+        _Tower(model, variables, mesh, corpus.tokenizer(), mesh.size).covered(targets)
+
+
+def test_cover_takes_the_grey_around_it():
+    film = np.full((1, 16, 16), 100, np.uint8)
+    film[0, 4:8, 8:12] = 255
+    hidden = looking.cover(film, 1, 2, 4)
+    assert (hidden == 100).all() and film.max() == 255
+    corner = looking.cover(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), 0, 0, 4)
+    assert len(np.unique(corner[0, :6, :6])) == 1 and corner[0, 6, 6] == 6 * 16 + 6
+
+
+def test_scores_of_predictions_have_intervals_of_patients(capsys):
+    """Twelve findings of four patients, three alike of each, half of whom are pointed at; two boxes cover the whole film and have no contrast."""
+    size, map_ = (8, 8), np.zeros((4, 4))
+    map_[0, 0] = 1.0
+    hit, miss, whole = [[0.0, 0.0, 4.0, 4.0]], [[4.0, 4.0, 8.0, 8.0]], [[0.0, 0.0, 8.0, 8.0]]
+    boxes = [hit, hit, whole, miss, miss, miss, hit, hit, whole, miss, miss, miss]
+    targets = [
+        Target({"id": f"s{i}", "patient": f"p{i // 3}"}, "", (0, 0), "nodule", own) for i, own in enumerate(boxes)
+    ]
+    found = ground.beyond_pointing(targets, [map_] * 12, size)
+    game = pointing_game([map_] * 12, boxes, [size] * 12)
+    assert game.chance is not None and (game.accuracy, found["patients"]) == (0.5, 4)
+    # Of four patients two: a draw of four has none, or all, with 1/16 each, which is more than 2.5%.
+    assert found["ci"]["accuracy"] == (0.0, 1.0)
+    assert found["mass"] == pytest.approx(4 / 10) and found["ci"]["mass"][0] < 0.4 < found["ci"]["mass"][1]
+    assert found["ci"]["chance"][0] <= game.chance <= found["ci"]["chance"][1]
+    assert found["above_chance"] == pytest.approx(0.5 - game.chance)
+    json.dumps(found, allow_nan=False)
+    ground.tell({**vars(game), **found})
+    assert "pointing game: 0.50 [0.00, 1.00] of 12 findings of 4 patients" in capsys.readouterr().out
+    signed = phrases.signature("llava", "phrases", 518)
+    assert signed.startswith("grounding|map:llava-attention|of:phrases|heads:at-most-8-chosen-on-other-patients|")
+    assert signed.endswith("|image:518px|unit:patient|ci:percentile-2000-seed0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage3", "stage1"])
 def test_command_on_real_boxes(chain, real, tmp_path, stage):
@@ -101,6 +197,7 @@ def test_command_on_real_boxes(chain, real, tmp_path, stage):
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "grounding.json").read_text())
     assert result["model"] == {"stage3": "llava", "stage1": "tower"}[stage]
+    assert f"|map:{result['model']}-attention|of:phrases|" in result["signature"]
     assert result["n"] + result["validation_n"] + len(result["skipped"]) == 147  # boxes of one film and phrase are one
     assert result["patients"] + result["validation_patients"] == 44
     assert set(result["phrases"]) >= {"left lung", "right lung"}
@@ -188,6 +285,9 @@ def test_retrieval_and_zero_shot(chain, training, tmp_path):
     known = {name: scores["auroc"] for name, scores in zero_shot["classes"].items() if scores["auroc"] is not None}
     assert len(known) > 5 and zero_shot["mean_auroc"] == pytest.approx(np.mean(list(known.values())))
     assert f"zero-shot AUROC, mean of {len(known)}" in printed
+    assert (
+        f"|mean-of:{len(known)}-of-14-classes|" in zero_shot["signature"] and "|films:once|" in zero_shot["signature"]
+    )
 
     # With the texts that deny and those that affirm exchanged, every order is turned round.
     turned = {name: {"positive": sides[1], "negative": sides[0]} for name, sides in default_prompts().items()}

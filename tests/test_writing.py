@@ -44,7 +44,9 @@ def test_rows_come_out_in_order(tmp_path):
     file.add({3: row(3), 0: row(0)})
     file.add({1: row(1), 2: row(2)})
     assert not out.exists()
+    assert (tmp_path / "deep" / "out.jsonl.partial").stat().st_mode & 0o777 == 0o600
     file.finish(3)
+    assert out.stat().st_mode & 0o777 == 0o600
     assert [json.loads(line) for line in out.read_text().split("\n")[:-1]] == [row(0), row(1), row(2)]
     assert list(out.parent.iterdir()) == [out]
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import stat
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from rad_jax.errors import UserError
@@ -20,6 +23,16 @@ def strictest(levels: Iterable[str]) -> str:
     """The most restricted of some levels; a word that is none of `LEVELS` counts as private, no level at all as public."""
     ranks = [LEVELS.index(level) if level in LEVELS else len(LEVELS) - 1 for level in levels]
     return LEVELS[max(ranks, default=0)]
+
+
+def create(path: Path, level: str) -> Path:
+    """Makes an empty file of `path`, or empties it, to be written by its name; unless `level` is public only its owner can read it, from
+    its first byte on. Returns the path."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666 if level == PUBLIC else 0o600)
+    if level != PUBLIC and stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fchmod(descriptor, 0o600)  # one that was there keeps its mode otherwise
+    os.close(descriptor)
+    return path
 
 
 def is_loopback(url: str) -> bool:

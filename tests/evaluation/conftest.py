@@ -171,7 +171,7 @@ def sample() -> Context:
                 "marks": [(0.437, "ceiling")],
             },
             {
-                "label": "Most frequent report",
+                "label": "Most frequent normal report",
                 "value": "0.000",
                 "note": "baseline macro F1",
                 "fraction": 0.0,
@@ -220,7 +220,7 @@ def sample() -> Context:
                 "columns": ["system", "finding macro F1", "laterality", "BLEU-1", "BLEU-4", "ROUGE-L"],
                 "rows": [
                     ["this model", 0.874, 0.953, "61.2", "38.0", 0.572],
-                    ["most frequent report", 0.0, None, "31.0", "9.1", 0.31],
+                    ["most frequent normal report", 0.0, None, "31.0", "9.1", 0.31],
                     ["nearest thumbnail", 0.214, 0.5, "42.8", "15.3", 0.388],
                 ],
                 "bar": 1,

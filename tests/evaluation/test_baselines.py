@@ -3,12 +3,26 @@ import pytest
 
 from evaluation import baselines
 
+SICK, TUBE = "Small left pleural effusion.", "The lungs are clear. An endotracheal tube is in place."
+
 
 def test_most_frequent_ignores_white_space_and_empty_reports() -> None:
-    assert baselines.most_frequent_report(["", "", "", "Clear lungs.", "b", " Clear\n lungs. "]) == "Clear lungs."
-    assert baselines.most_frequent_report(["b", "a"]) == "a"
+    texts = ["", "", "", "Clear lungs.", "b", " Clear\n lungs. "]
+    assert baselines.most_frequent_report(texts) == ("Clear lungs.", True)
+    assert baselines.most_frequent_report([SICK, "Large right pneumothorax."]) == ("Large right pneumothorax.", False)
     with pytest.raises(ValueError, match="not empty"):
         baselines.most_frequent_report(["", " "])
+
+
+def test_most_frequent_is_a_normal_report() -> None:
+    """Effusions are told of more often than of nothing, and a film with a tube is not normal; where none is, that is said."""
+    assert baselines.most_frequent_report([SICK] * 5 + [TUBE] * 4 + ["The lungs are clear."]) == (
+        "The lungs are clear.",
+        True,
+    )
+    assert baselines.most_frequent_report([TUBE] * 4 + [SICK] * 5) == (SICK, False)
+    normal = "The heart is normal in size. No pleural effusion or pneumothorax."
+    assert baselines.is_normal(normal) and not baselines.is_normal(normal + " A nodule projects over the right lung.")
 
 
 def test_thumbnail_is_the_mean_of_blocks() -> None:

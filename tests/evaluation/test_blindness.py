@@ -25,6 +25,7 @@ def test_kept_and_lost() -> None:
     shuffled, blank = blindness.panel(systems, SETTING)
     assert (shuffled["real"], shuffled["blind"], shuffled["kept"], shuffled["lost"]) == (0.75, 0.375, 0.5, 0.375)
     assert shuffled["n"] == blank["n"] == 4
+    assert shuffled["signature"] == "m|unit:report|ci:percentile-400-seed0"
     # Every report keeps half: drawn together, so does every resample.
     assert shuffled["kept_ci"] == pytest.approx((0.5, 0.5))
     assert 0.25 <= shuffled["lost_ci"][0] < 0.375 < shuffled["lost_ci"][1] <= 0.5

@@ -115,7 +115,7 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
     assert "unit:patient" in side["signature"]
 
     # Studies a to d are nearest in grey to t2, t1, t3, and d (60) to t2: t4 has no report, t5 no image.
-    frequent = report.lookup(result, "finding_macro_f1", "most frequent report") or {}
+    frequent = report.lookup(result, "finding_macro_f1", "most frequent normal report") or {}
     assert frequent["per_finding"]["pleural_effusion"]["recall"] == 0.0
     thumbnail = report.lookup(result, "finding_macro_f1", "nearest thumbnail") or {}
     assert [thumbnail["per_finding"]["pleural_effusion"][k] for k in ("recall", "precision")] == [0.5, 0.5]
@@ -128,6 +128,18 @@ def test_with_truth_and_baselines(memory: MemoryCorpus, tmp_path: Path) -> None:
         "order:4|",
     ):
         assert part in text
+
+
+def test_the_unit_is_what_the_profiles_resample(memory: MemoryCorpus, tmp_path: Path) -> None:
+    """LLaVA-Rad's profile resamples reports, whether the patients are known or not."""
+    preds = write(tmp_path / "p.jsonl", PREDICTIONS)
+    cases = (("native", "memory", "patient"), ("llava-rad", "memory", "report"), ("native", None, "report"))
+    for profile, data, unit in (*cases, ("llava-rad,native", "memory", "report,patient")):
+        inputs = command.read_inputs([preds])
+        found = command.corpus_options(Path(data) if data else None, False, inputs)
+        result, scored, _ = report.score(inputs, report.Options(profiles=profile.split(","), **found))
+        assert result["inputs"][0]["unit"] == unit
+        assert [part.setting.unit for part in scored] == unit.split(",")
 
 
 def test_schema(tmp_path: Path) -> None:
@@ -397,6 +409,7 @@ def test_comparing_what_was_given(tmp_path: Path) -> None:
     found = {row["metric"]: row for row in json.loads((tmp_path / "comparisons.json").read_text())["comparisons"]}
     assert found["radgraph_partial"]["diff"] == pytest.approx(2 / 3 - 1) and found["radgraph_partial"]["n_worse"] == 30
     assert found["chexprompt_total"]["diff"] == 2.0 and found["chexprompt_total"]["p"] == 1 / 201
+    assert (found["chexprompt_total"]["n_better"], found["chexprompt_total"]["n_worse"]) == (0, 30)  # more errors
     assert "FAILED: new against base: chexprompt_total > 1.5 at 95% (+2.0000)" in done.stdout
     assert "FAILED: new against base: radgraph_partial < 0 at 95% (-0.3333)" in done.stdout
 

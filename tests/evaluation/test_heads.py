@@ -39,3 +39,32 @@ def test_heads_that_agree_are_averaged() -> None:
     found = heads.choose(maps, masks, EVERY[1:])
     assert set(found.chosen) == {(0, 1), (1, 0)} and found.share > max(alone) + 0.05
     np.testing.assert_allclose(found.mean, (maps[:, 0, 1] + maps[:, 1, 0]).mean(0) / 2)
+
+
+def test_heads_are_weighted_where_that_points_better() -> None:
+    """One looks at the truth and, a little more, at a second place, which another one looks at alone: their difference shows the truth."""
+    rng = np.random.default_rng(3)
+    truth, other = (np.eye(16)[rng.integers(0, 16, 300)].reshape(300, 4, 4) for _ in range(2))
+    maps = 0.2 * rng.random((300, 2, 2, 4, 4))
+    maps[:, 0, 0] += truth + 1.2 * other
+    maps[:, 1, 1] += other
+    found = heads.choose(maps[:200], [mask > 0 for mask in truth[:200]], EVERY)
+    assert not found.averaged and set(found.chosen[:2]) == {(0, 0), (1, 1)} and len(found.chosen) == 4
+    assert found.weights[0, 0] > 0 > found.weights[1, 1] and found.share > 0.95
+    read = found.read(maps[200:])
+    hits = [mask[np.unravel_index(map_.argmax(), (4, 4))] > 0 for map_, mask in zip(read, truth[200:], strict=True)]
+    assert np.mean(hits) > 0.95
+    even = heads.choose(maps[:200], [mask > 0 for mask in truth[:200]], [(0, 0)])
+    assert even.averaged and even.share < 0.5
+
+
+def test_weights_are_those_of_ridge_regression() -> None:
+    """Written out with numpy's least squares, on rows of one patch each, of maps scaled by their standard deviation."""
+    maps, masks = drawn(60, 4)
+    weights, strength = heads._fitted(maps, masks, EVERY)
+    rows = (maps - maps.mean(0)).reshape(60, 4, 16).transpose(0, 2, 1).reshape(-1, 4)
+    scale, wanted = rows.std(0), np.stack(masks).reshape(-1).astype(float)
+    design = np.concatenate([rows / scale, np.sqrt(heads.RIDGE * len(rows)) * np.eye(4)])
+    expected = np.linalg.lstsq(design, np.concatenate([wanted - wanted.mean(), np.zeros(4)]), rcond=None)[0]
+    np.testing.assert_allclose(weights.ravel(), expected / scale, rtol=1e-4)
+    np.testing.assert_allclose(strength.ravel(), np.abs(expected), rtol=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring
+from evaluation import chexprompt, crimson, green, grounded, judging, radfact, report, scoring, tables
 from evaluation.grounded import Phrase
 from evaluation.predictions import Row, access_of
 from launch import evaluate, metaeval
@@ -137,6 +137,49 @@ def test_aggregates():
     row = scoring.entries([found["chexprompt_total"]], setting)[0]
     assert row["n_failed"] == 1 and row["n"] == 4 and row["ci"][0] < 1.75 < row["ci"][1]
     assert row["signature"] == "sig|mean|unit:patient|ci:percentile-500-seed0"
+
+
+def test_comparisons_are_over_the_reports_that_both_have_a_verdict_of():
+    """Five reports. A lacks a verdict of the last, which is B's worst, and B of the first, which is A's worst; by hand over the other three."""
+    errors = {"a": [9.0, 1.0, 2.0, 3.0, None], "b": [None, 2.0, 2.0, 4.0, 20.0]}
+    ids = list("vwxyz")
+    judged = {
+        name: judging.Judged(
+            "sig", {i: {} if v is None else {"chexprompt_total": v} for i, v in zip(ids, row, strict=True)}
+        )
+        for name, row in errors.items()
+    }
+    a, b = (judging.metrics(judged[name], ids) for name in "ab")
+    assert (a[0].total(), b[0].total()) == (15 / 4, 28 / 4)
+    setting = scoring.Setting(ids, "report", 200, 0)
+    row = scoring.compare(("a", "b"), a, b, setting, 100)[0]
+    assert (row["n"], row["n_dropped"]) == (3, 2)
+    assert row["diff"] == pytest.approx(2 / 3) and 0.0 <= row["ci"][0] <= row["ci"][1] <= 1.0
+    assert row["p"] == 0.5  # of four ways to swap the two reports that differ, two are as far apart
+    gate = scoring.parse_gate("chexprompt_total > 1")
+    assert not gate.fails(a[0], b[0], setting)  # 7 less 3.75 would have failed it
+    again = scoring.compare(("a", "a"), a, a, setting, 100)[0]
+    assert (again["diff"], again["n"], again["n_dropped"]) == (0.0, 4, 0)
+    table = tables.comparisons({"comparisons": [row | {"profile": "native", "p_holm": 0.5}]})
+    assert table[0][-1] == "n" and table[1][-1] == "3 (2 lack a score)"
+
+
+def test_a_report_without_a_reference_needs_no_verdict(tmp_path):
+    """launch.judge leaves it out, so its scores lack it; the rows of the others stay in their places."""
+    preds = tmp_path / "p.jsonl"
+    rows = [
+        {"id": i, "query": "", "reference": text, "prediction": "x"} for i, text in (("a", "x"), ("b", " "), ("c", "y"))
+    ]
+    preds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = {"p": judging.Judged("sig", {"a": {"green": 1.0}, "c": {}})}
+    _, scored, _ = report.score(evaluate.read_inputs([preds]), report.Options(judged=[judged]))
+    metric = next(m for m in scored[0].systems["p"] if m.name == "green")
+    assert metric.rows.tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]] and (metric.n, metric.n_failed) == (1, 1)
+    assert metric.scored is not None and metric.scored.tolist() == [True, False, False]
+    with pytest.raises(UserError, match="lack 1 of the 2 reports"):
+        report.score(
+            evaluate.read_inputs([preds]), report.Options(judged=[{"p": judging.Judged("s", {"a": {"green": 1.0}})}])
+        )
 
 
 def test_votes():
@@ -386,6 +429,8 @@ def test_evidence_is_kept(tmp_path, chat_server, options):
     assert (
         "evidence and counts differ for significant C, insignificant B" in server.bodies[1]["messages"][-1]["content"]
     )
+    modes = [(tmp_path / "o" / name).stat().st_mode & 0o777 for name in ("evidence.jsonl", "scores.jsonl")]
+    assert modes == [0o600, 0o600]  # nobody says that these predictions are public
     kept = json.loads((tmp_path / "o" / "evidence.jsonl").read_text())
     assert kept["id"] == "a" and [error["type"] for error in kept["evidence"]] == ["C", "B"]
     scores = judging.read(tmp_path / "o" / "scores.jsonl")["p"]
@@ -438,7 +483,7 @@ def test_the_command(tmp_path, chat_server, capsys, options):
     errors = [line["scores"]["chexprompt_total"] for line in lines.values()]
     assert errors[:4] == [0, 2, 2, 3]
     scores = metaeval.read_scores(out / "scores.jsonl")
-    assert len(scores) == 40 and scores["s1", "preds"]["chexprompt_significant"] == 2.0
+    assert len(scores.rows) == 40 and scores.rows["s1", "preds"]["", "chexprompt_significant"] == 2.0
 
     # Raters who count as the judge does agree with it wholly.
     ratings = {
@@ -450,6 +495,7 @@ def test_the_command(tmp_path, chat_server, capsys, options):
     ]
     assert agreed["n"] == 40 and agreed["tau"]["all"]["value"] == pytest.approx(1.0)
     assert agreed["distance"]["all"]["value"] == 0.0
+    assert agreed["signature"].startswith("chexprompt-v1|prompt:") and agreed["better"] == "lower"
 
     given = report.Options(judged=[judging.read(out / "scores.jsonl")], draws=100, trials=100)
     found = evaluate.evaluate([*evaluate.read_inputs([preds])], given, tmp_path / "e")

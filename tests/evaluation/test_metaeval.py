@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from evaluation import metaeval
+from evaluation import directions, metaeval, profiles
 from launch import metaeval as command
 from rad_jax.errors import UserError
 
@@ -43,11 +43,18 @@ def test_known_agreement() -> None:
         "turned": -truth,
         "noise": rng.normal(size=200),
     }
-    result = metaeval.evaluate(scores, ratings, range(200), draws=500)
+    signs = {"truth": 1, "equal": 1, "turned": -1, "noise": 1}
+    result = metaeval.evaluate(scores, ratings, range(200), signs=signs, draws=500)
     gap = {name: found["tau"]["gap"] for name, found in result["scores"].items()}
     assert gap["truth"]["ci"][0] > 0 and gap["turned"]["ci"][0] > 0
     assert gap["equal"]["ci"][0] < 0 < gap["equal"]["ci"][1]
     assert gap["noise"]["ci"][1] < 0
+    wrong = metaeval.evaluate(
+        {"turned": -truth, "noise": scores["noise"]}, ratings, range(200), signs={"turned": 1}, draws=500
+    )["scores"]
+    assert wrong["turned"]["tau"]["gap"]["value"] < gap["noise"]["value"] - 0.5  # worse than noise
+    assert wrong["noise"]["tau"]["gap"] == {"value": None, "ci": None}
+    assert wrong["noise"]["distance"]["gap"]["value"] is not None
     assert result["scores"]["turned"]["tau"]["all"]["value"] == -result["scores"]["truth"]["tau"]["all"]["value"]
     # |truth - rater| has mean sqrt(2 / pi) of one sd; the mean of three others moves it little. 200 reports: a few percent.
     assert result["scores"]["truth"]["distance"]["all"]["value"] == pytest.approx(np.sqrt(2 / np.pi) / 2, rel=0.1)
@@ -63,9 +70,10 @@ def test_equal_reports_are_one_piece_of_evidence() -> None:
     ratings, score = truth[:, None] + rng.normal(0, 1, (20, 3)), {"x": truth + rng.normal(0, 2, 20)}
     origin = np.repeat(np.arange(20), 5)
     many = {"x": score["x"][origin]}
-    alone = metaeval.evaluate(score, ratings, range(20))["scores"]["x"]
-    clustered = metaeval.evaluate(many, ratings[origin], origin.tolist())
-    single = metaeval.evaluate(many, ratings[origin], range(100))
+    up = {"x": 1}
+    alone = metaeval.evaluate(score, ratings, range(20), signs=up)["scores"]["x"]
+    clustered = metaeval.evaluate(many, ratings[origin], origin.tolist(), signs=up)
+    single = metaeval.evaluate(many, ratings[origin], range(100), signs=up)
     assert (clustered["clusters"], single["clusters"]) == (20, 100)
     for measure in ("tau", "distance"):
         for against in ("all", "left_out", "rater", "gap"):
@@ -83,19 +91,19 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
 
 
-def expected_of(score: np.ndarray, ratings: np.ndarray) -> dict[str, dict[str, float]]:
-    """Tau and distance of scores [n] and ratings [n, r] from scipy and loops."""
+def expected_of(score: np.ndarray, ratings: np.ndarray, sign: int) -> dict[str, dict[str, float]]:
+    """Tau and distance of scores [n] and ratings [n, r] from scipy and loops; sign: -1 for a score that falls where ratings rise."""
     raters = range(ratings.shape[1])
     rest = [np.mean([ratings[:, other] for other in raters if other != r], axis=0) for r in raters]
 
-    def both(measure: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, float]:
+    def both(measure: Callable[[np.ndarray, np.ndarray], float], sign: int) -> dict[str, float]:
         mine = float(np.mean([measure(score, rest[r]) for r in raters]))
         theirs = float(np.mean([measure(ratings[:, r], rest[r]) for r in raters]))
         everyone = float(measure(score, ratings.mean(axis=1)))
-        return {"all": everyone, "left_out": mine, "rater": theirs, "gap": abs(mine) - theirs}
+        return {"all": everyone, "left_out": mine, "rater": theirs, "gap": sign * mine - theirs}
 
     far: Callable[[np.ndarray, np.ndarray], float] = lambda x, y: float(np.mean(np.abs(x - y)))  # noqa: E731
-    return {"tau": both(lambda x, y: float(kendalltau(x, y).statistic)), "distance": both(far)}
+    return {"tau": both(lambda x, y: float(kendalltau(x, y).statistic), sign), "distance": both(far, 1)}
 
 
 def values_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -116,27 +124,35 @@ def test_command_on_rexval(tmp_path: Path) -> None:
     (tmp_path / "rexval.csv").write_text("\n".join(lines) + "\n")
     totals = errors.sum(axis=(3, 4)).reshape(32, 6).astype(float)
     near = np.rint(totals.mean(axis=1)) + rng.integers(-1, 2, 32)
-    scores = {"counts": near, "similarity": -near / 10}
+    scores = {"errors_found": near, "similarity": -near / 10}
     rows = [
         {"id": str(i // 4), "system": candidates[i % 4], "scores": {name: score[i] for name, score in scores.items()}}
         for i in range(32)
     ]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = ("--id=study_number", "--rater=rater_index", "--value=num_errors")
+    columns = ("--id=study_number", "--rater=rater_index", "--value=num_errors", "--higher_is_better=similarity")
     files = (tmp_path / "scores.jsonl", tmp_path / "rexval.csv")
     done = run(*files, *columns, "--system=candidate_type", f"--out={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    assert (result["raters"], result["left_out"], list(result["metrics"])) == (6, 0, ["counts", "similarity"])
+    assert (result["raters"], result["left_out"], list(result["metrics"])) == (6, 0, ["errors_found", "similarity"])
+    assert "No gap in tau for errors_found: name them in" in done.stdout
+    assert result["metrics"]["errors_found"]["tau"]["gap"] == {"value": None, "ci": None}
     for name, score in scores.items():
-        found, expected = result["metrics"][name], expected_of(score, totals)
+        found, expected = result["metrics"][name], expected_of(score, totals, -1)
         assert (found["n"], found["clusters"]) == (32, 8)
         for measure, value in values_of(found).items():
-            assert value == pytest.approx(expected[measure])
+            unknown = {"gap"} if (name, measure) == ("errors_found", "tau") else set()
+            assert {k: v for k, v in value.items() if k not in unknown} == pytest.approx(
+                {k: v for k, v in expected[measure].items() if k not in unknown}
+            )
         low, high = found["tau"]["all"]["ci"]
         assert low <= expected["tau"]["all"] <= high
         assert f"{expected['tau']['all']:.3f} [{low:.3f}, {high:.3f}]" in done.stdout
-    assert result["metrics"]["similarity"]["tau"]["all"]["value"] == -result["metrics"]["counts"]["tau"]["all"]["value"]
+    assert (
+        result["metrics"]["similarity"]["tau"]["all"]["value"]
+        == -result["metrics"]["errors_found"]["tau"]["all"]["value"]
+    )
     unnamed = run(*files, *columns)
     assert unnamed.returncode != 0 and "give --system" in unnamed.stderr and "Traceback" not in unnamed.stderr
 
@@ -168,7 +184,13 @@ def test_command_on_radpref(tmp_path: Path) -> None:
         for c in range(2)
     ]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = ("--id=case_id", "--system=candidate", "--value=rating", f"--out={tmp_path / 'out.json'}")
+    columns = (
+        "--id=case_id",
+        "--system=candidate",
+        "--value=rating",
+        "--ratings=quality",
+        f"--out={tmp_path / 'out.json'}",
+    )
     done = run(tmp_path / "scores.jsonl", tmp_path / "radpref.csv", *columns)
     assert done.returncode == 0, done.stderr
     assert "1 reports left out: not rated by all 3 raters." in done.stdout
@@ -176,7 +198,7 @@ def test_command_on_radpref(tmp_path: Path) -> None:
     kept[7, 1] = False
     found = json.loads((tmp_path / "out.json").read_text())["metrics"]["crimson"]
     assert (found["n"], found["clusters"]) == (23, 12)
-    expected = expected_of(score[kept], ratings[kept])
+    expected = expected_of(score[kept], ratings[kept], 1)
     for measure, value in values_of(found).items():
         assert value == pytest.approx(expected[measure])
     assert found["tau"]["all"]["value"] > 0.5  # more is better with raters of quality
@@ -204,6 +226,82 @@ def test_files_in_both_layouts(tmp_path: Path) -> None:
         command.compare(
             command.read_scores(tmp_path / "s.jsonl"), *command.read_ratings(tmp_path / "r.csv", named), 100
         )
+
+
+def test_profiles_of_a_metric_stay_apart(tmp_path: Path) -> None:
+    """BLEU-4 of two profiles, one that agrees with the raters and one that goes the other way: two rows, each with its signature."""
+    values = {"llava-rad": lambda i: -float(i), "native": float}
+    rows = [
+        {
+            "id": i,
+            "system": "s",
+            "profile": profile,
+            "scores": {"bleu_4": of(i), "x": 1.0 * i} if profile == "native" else {"bleu_4": of(i)},
+        }
+        for profile, of in values.items()
+        for i in range(6)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = [{"profile": p, "name": "bleu_4", "system": "s", "signature": f"bleu|of:{p}"} for p in values]
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": metrics}))
+    ratings = {(str(i), ""): {"a": float(i), "b": float(i)} for i in range(6)}
+    read = command.read_scores(tmp_path / "s.jsonl")
+    result = command.compare(read, ratings, {key: key[0] for key in ratings}, 100)["metrics"]
+    assert list(result) == ["llava-rad/bleu_4", "native/bleu_4", "native/x"]
+    shown = {
+        name: (found["signature"], found["better"], found["tau"]["gap"]["value"]) for name, found in result.items()
+    }
+    assert shown == {
+        "llava-rad/bleu_4": (
+            "bleu|of:llava-rad",
+            "higher",
+            0.0,
+        ),  # errors rise where it falls, as the raters' agreement of 1
+        "native/bleu_4": ("bleu|of:native", "higher", -2.0),  # the wrong way: not parity
+        "native/x": (None, None, None),
+    }
+    named = command.compare(read, ratings, {key: key[0] for key in ratings}, 100, False, {"x": -1})["metrics"]
+    assert named["native/x"]["tau"]["gap"]["value"] == -2.0 and named["native/bleu_4"]["tau"]["gap"]["value"] == 0.0
+    (tmp_path / "s.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="line 2: a report has bleu_4 twice"):
+        command.read_scores(tmp_path / "s.jsonl")
+
+
+def test_every_score_has_a_direction() -> None:
+    """Of all that the profiles and judges print; only how long a report is, is best in between."""
+    rows: dict[str, int | None] = {
+        "bleu_1": 1,
+        "bleu_4_hf": 1,
+        "rouge_l": 1,
+        "chexbert_micro_14_plus": 1,
+        "rules_macro_5": 1,
+        "radgraph_partial": 1,
+    }
+    rows |= {
+        "radcliq_v0": -1,
+        "semb_score": 1,
+        "chexprompt_total": -1,
+        "chexprompt_significant_B": -1,
+        "chexprompt_error_free": 1,
+    }
+    rows |= {
+        "green": 1,
+        "green_matched": 1,
+        "green_significant": -1,
+        "crimson": 1,
+        "crimson_missed": -1,
+        "crimson_invented": -1,
+    }
+    rows |= {
+        "laterality": 1,
+        "laterality_swap_rate": -1,
+        "omission_rate": -1,
+        "length_ratio": None,
+        "finding_macro_f1": 1,
+    }
+    assert {name: directions.direction(name) for name in rows} == rows
+    absent = {name for profile in profiles.PROFILES.values() for name in profile.absent} - {"chexprompt", "radfact"}
+    assert None not in {directions.direction(name) for name in absent}
 
 
 @pytest.mark.parametrize(

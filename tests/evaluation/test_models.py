@@ -56,7 +56,8 @@ class Scorer:
         return texts, digest
 
     def score(self, said: list[str], true: list[str], frequencies: Any) -> np.ndarray:
-        return np.array([[0, 0, len(a) / max(len(b), 1)] for a, b in zip(said, true, strict=True)])
+        shares = [len(a) / max(len(b), 1) for a, b in zip(said, true, strict=True)]
+        return np.array([[0, 0, share / 2 if frequencies else share] for share in shares])
 
     def signature(self, frequencies: Any) -> str:
         return f"bertscore|model:x|idf:{frequencies}"
@@ -107,11 +108,46 @@ def test_everything_that_weights_give(folder: Path) -> None:
 
 
 def test_radcliq_is_of_one_encoder_without_frequencies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies weigh BERTScore alone; with another encoder there is no RadCliQ, and the warning names the one it needs."""
+    plain, _ = scores(folder)
     found, result = scores(folder, (["one", "two"], "digest"))
-    assert "radcliq_v1" not in found and "digest" in found["bertscore"]["signature"]
-    assert any("radcliq_v1" in warning for warning in result["warnings"])
+    assert "digest" in found["bertscore"]["signature"]
+    assert found["bertscore"]["value"] == pytest.approx(plain["bertscore"]["value"] / 2)
+    for name in ("radcliq_v0", "radcliq_v1"):
+        assert found[name]["value"] == plain[name]["value"] and found[name]["signature"] == plain[name]["signature"]
+    assert not any("radcliq" in warning for warning in result["warnings"])
     monkeypatch.setattr(Scorer, "baseline", None)
-    assert "radcliq_v1" not in scores(folder)[0]
+    found, result = scores(folder)
+    assert "radcliq_v1" not in found
+    assert any("radcliq_v1" in warning and "distilroberta-base" in warning for warning in result["warnings"])
+
+
+def test_baselines_are_scored_by_the_models_too(folder: Path) -> None:
+    """A baseline that says what the predictions say gets their scores in every metric of a model; its texts go through once, with theirs."""
+    Labeler.asked.clear()
+    said = {i: text for i, _, text in TEXTS}
+    options = report.Options(
+        profiles=["native", "rexrank"],
+        draws=100,
+        trials=100,
+        baselines={"same": said, "other": dict.fromkeys(said, "Clear lungs.")},
+    )
+    result, _ = report.evaluate(*models.fill(inputs(), options, folder, None))
+    assert len(Labeler.asked) == 1
+    table = {(m["system"], m["profile"], m["name"]): m for m in result["metrics"]}
+    of_models = [
+        key[1:]
+        for key in table
+        if key[0] == "p" and key[2].startswith(("chexbert", "radgraph", "bertscore", "semb", "radcliq"))
+    ]
+    assert {"chexbert_micro_14", "radgraph_partial", "bertscore", "semb_score", "radcliq_v1"} <= {
+        name for _, name in of_models
+    }
+    for key in of_models:
+        assert table["same", *key]["value"] == table["p", *key]["value"], key
+        assert table["same", *key]["signature"] == table["p", *key]["signature"]
+    assert table["other", "native", "bertscore"]["value"] == pytest.approx(np.mean([12 / 20, 1, 12]))
+    assert {row["b"] for row in result["comparisons"] if row["metric"] == "bertscore"} == {"same", "other"}
 
 
 def test_comparing_with_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,31 @@ def test_precision_in_both_directions() -> None:
     assert found["text_to_image"]["signature"] == expected
 
 
+def test_intervals_are_of_patients() -> None:
+    """Sixty studies of twenty patients, three alike of each, half of whom are found: intervals as of twenty studies, wider than of sixty."""
+    image = np.eye(20)[np.repeat(np.arange(20), 3)]
+    text = np.eye(20)[np.repeat(np.where(np.arange(20) % 2, np.arange(20), (np.arange(20) + 2) % 20), 3)]
+    patients = np.repeat(np.arange(20), 3).tolist()
+    whole, alone = (retrieval_metrics.retrieval(image, text, patients, "", who) for who in (patients, range(60)))
+    found = whole["image_to_text"]
+    assert found["r1"] == 0.5 and list(found["ci"]) == ["r1", "r5", "r10", "mean_rank", "median_rank"]
+    # A share of one half of twenty has a standard error of 0.112, of sixty of 0.065.
+    for block, error in ((found, 0.112), (alone["image_to_text"], 0.065)):
+        low, high = block["ci"]["r1"]
+        assert low == pytest.approx(0.5 - 1.96 * error, abs=0.05) and high == pytest.approx(
+            0.5 + 1.96 * error, abs=0.05
+        )
+    for name, (low, high) in found["ci"].items():
+        assert low <= found[name] <= high
+    assert found["signature"].endswith("|unit:patient|ci:percentile-2000-seed0")
+    assert found["ties_for"]["ci"]["r1"][0] >= found["ci"]["r1"][0]
+    labels = np.arange(60)[:, None] // 30
+    precise = retrieval_metrics.label_precision(image, text, labels, "", patients)["image_to_text"]
+    low, high = precise["ci"]["precision_1"]
+    assert low <= precise["precision_1"] <= high and 0.2 < high - low < 0.6
+    assert "ci" not in retrieval_metrics.label_precision(image, text, labels)["image_to_text"]
+
+
 def test_bad_matrices_are_refused() -> None:
     rows = np.ones((3, 2))
     for bad in (np.full((3, 2), np.nan), np.ones((3, 3)), np.ones((2, 2))):
@@ -191,7 +216,10 @@ STUDIES = [  # findings, impression, labels
 
 def test_what_the_command_writes() -> None:
     """A tower that cannot tell the first two apart, and takes the third's image for the fourth's."""
-    source = [{"findings": f, "impression": i, "labels": labels, "annotations": "[]"} for f, i, labels in STUDIES]
+    source = [
+        {"id": f"s{n}", "patient": "", "findings": f, "impression": i, "labels": labels, "annotations": "[]"}
+        for n, (f, i, labels) in enumerate(STUDIES)
+    ]
     embedded = {"images": np.eye(5)[[0, 0, 3, 3, 4]], "texts": np.eye(5)[[0, 0, 2, 3, 4]], "index": np.arange(5)}
     found = retrieve.scores(embedded, source, annotated=False, candidates=None, how="tokens:64")
     for direction in retrieval_metrics.DIRECTIONS:
@@ -199,7 +227,10 @@ def test_what_the_command_writes() -> None:
             4,
             5,
         )  # an empty text is not another one's
-        assert "|ties:against|studies:different-words|tokens:64|pool:4|" in found[direction]["signature"]
+        assert (
+            "|ties:against|studies:different-words|tokens:64|pool:4|scale:0-1|unit:patient|"
+            in found[direction]["signature"]
+        )
         assert "|studies:all|equal-words:no-rivals|tokens:64|pool:5|" in found["all_studies"][direction]["signature"]
         assert found[direction]["chance"]["r1"] == 0.25 and found["same_labels"][direction]["n"] == 4
     forth, back = (found["all_studies"][name] for name in retrieval_metrics.DIRECTIONS)
@@ -210,7 +241,17 @@ def test_what_the_command_writes() -> None:
     assert retrieve.scores(embedded, source, annotated=False, candidates=2, how="")["text_to_image"]["n"] == 2
     assert retrieve.scores(embedded, source, annotated=True, candidates=None, how="")["text_to_image"]["n"] == 1
     first, second = retrieve.tables_of(found)
-    assert first[1] == ["different studies, image to text", "0.75 / 0.75 / 0.75", "1.00 / 1.00 / 1.00", "1.00 / 1.00 / 1.00", "1 / 1 / 1", "4"]  # fmt: skip
-    assert second[1] == ["image to text", "1.00", "-", "-", "0.50", "4"]
+    low, high = found["image_to_text"]["ci"]["r1"]
+    assert (low, high) == (0.25, 1.0)  # of four studies of four patients, of which three are found
+    sure = "1.00 / 1.00 / 1.00 [1.00, 1.00]"
+    assert first[1] == [
+        "different studies, image to text",
+        "0.75 / 0.75 / 0.75 [0.25, 1.00]",
+        sure,
+        sure,
+        "1 / 1 / 1 [1.0, 4.0]",
+        "4",
+    ]
+    assert second[1] == ["image to text", "1.00 [1.00, 1.00]", "-", "-", "0.50", "4"]
     nothing = [row | {"labels": [-2, -2]} for row in source]
     assert "same_labels" not in retrieve.scores(embedded, nothing, annotated=False, candidates=None, how="")

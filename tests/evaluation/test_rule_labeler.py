@@ -202,6 +202,7 @@ def test_command_labels_and_compares(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 reports in both files" in done.stdout
     assert "No effusion" not in done.stdout + done.stderr
+    assert (tmp_path / "labels.disagreements.csv").stat().st_mode & 0o777 == 0o600  # it quotes reports
     rows = (tmp_path / "labels.disagreements.csv").read_text().splitlines()
     assert rows == ["class,id,reference,rules,text", "Enlarged Cardiomediastinum,8,1,,No effusion."]
 

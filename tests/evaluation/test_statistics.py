@@ -36,6 +36,18 @@ def test_blocks_do_not_change_the_number_of_draws(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(samples, 7)
 
 
+def test_medians_are_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numpy's median of the values written out as often as the rows are drawn; blocks of one draw make the same ones."""
+    rng = np.random.default_rng(0)
+    values, clusters = rng.integers(1, 6, 30).astype(float), rng.integers(0, 9, 30).tolist()
+    drawn = statistics.resample(np.eye(30), clusters, draws=50).astype(int)  # how often each is in it
+    expected = [np.median(np.repeat(values, weights)) for weights in drawn]
+    assert len(set(expected)) > 1
+    np.testing.assert_array_equal(statistics.resample_median(values, clusters, draws=50), expected)
+    monkeypatch.setattr(statistics, "_BLOCK_ELEMENTS", 30)
+    np.testing.assert_array_equal(statistics.resample_median(values, clusters, draws=50), expected)
+
+
 def test_same_seed_same_draws() -> None:
     rows = np.arange(10.0)[:, None]
     first, again = (statistics.resample(rows, range(10), draws=50) for _ in range(2))
@@ -98,6 +110,19 @@ def test_equal_systems_have_p_one() -> None:
     swapped = statistics.randomise(mean_rows(A), mean_rows(A), range(10))
     assert statistics.significance(mean(swapped.second) - mean(swapped.first), 0.0, swapped).p == 1.0
     assert statistics.significance(np.array([1.0]), float("nan"), swapped).p == 1.0
+
+
+def test_swaps_that_leave_nothing_to_count_are_no_evidence() -> None:
+    """A rate that two reports of each system have: swaps that move all of a system's cases away have none, and count against the difference."""
+    first = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    second = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    swapped = statistics.randomise(first, second, range(4))
+    differences = mean(swapped.second) - mean(swapped.first)
+    # Of 16 ways two put all four cases on one side, so that the other has no rate, and two are as far apart as what is seen.
+    undefined = int(np.isnan(differences).sum())
+    extreme = int((np.abs(differences) >= 1.0).sum())
+    assert (undefined, extreme) == (2, 2)
+    assert statistics.significance(differences, 1.0, swapped).p == (undefined + extreme) / 16
 
 
 def test_holm() -> None:

@@ -58,11 +58,12 @@ def test_a_corpus(tmp_path, tiny_corpus, chat_server, options):
     assert len(server.bodies) == before + 1
     read = read_predictions(out)
     assert not read.malformed and access_of(read.rows) == "public"
+    assert out.stat().st_mode & 0o077  # for others, too
     info = json.loads((tmp_path / "p.jsonl.info.json").read_text())
     assert info["answered"] == len(source) and info["access"] == "public" and len(info["prompt"]) == 8
 
 
-def test_restricted_films_stay_here(tmp_path, tiny_corpus, options):
+def test_restricted_films_stay_here(tmp_path, tiny_corpus, chat_server, options):
     shutil.copytree(tiny_corpus, tmp_path / "c")
     manifest = json.loads((tmp_path / "c" / "corpus.json").read_text())
     for level in ("credentialed", None):  # a corpus that does not say counts as private
@@ -70,6 +71,9 @@ def test_restricted_films_stay_here(tmp_path, tiny_corpus, options):
         (tmp_path / "c" / "corpus.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
         with pytest.raises(UserError, match=r"is another machine"):
             baseline.write(options(tmp_path / "c", tmp_path / "o", "https://192.0.2.1/v1"))
+    server = chat_server(lambda body: "Clear lungs.")
+    baseline.write(options(tmp_path / "c", tmp_path / "o.jsonl", server.url, limit=1))
+    assert (tmp_path / "o.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_an_image_that_cannot_be_read_is_counted(tmp_path, tiny_corpus, chat_server, monkeypatch, options):

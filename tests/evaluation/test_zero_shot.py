@@ -40,14 +40,19 @@ def test_classes_intervals_and_patients() -> None:
     labels[:, edema] = rng.integers(0, 2, 300)
     labels[:, effusion] = rng.choice([1, -1, -2], 300)
     values = {"Edema": labels[:, edema] + rng.normal(size=300), "Pleural Effusion": rng.normal(size=300), "Fracture": rng.normal(size=300)}  # fmt: skip
-    result = zero_shot.evaluate(values, labels, [f"p{i // 3}" for i in range(300)], draws=400)
+    result = zero_shot.evaluate(values, labels, [f"p{i // 3}" for i in range(300)], draws=400, how="prompts:01234567")
     found: Any = result["classes"]
     low, high = found["Edema"]["ci"]
     assert low < found["Edema"]["auroc"] < high and low > 0.65
     low, high = found["Pleural Effusion"]["ci"]
     assert low < 0.5 < high  # knows nothing
     assert found["Pleural Effusion"]["uncertain"] == (labels[:, effusion] == -1).sum()
-    assert found["Fracture"] == {"auroc": None, "ci": None, "positive": 0, "uncertain": 0, "n": 300}
+    rules = "score:cosines-affirming-less-denying|uncertain:left-out|not-stated:negative|ties:half|prompts:01234567"
+    signature = f"{rules}|n:300|unit:patient|ci:percentile-400-seed0"
+    assert found["Fracture"] == {
+        "auroc": None, "ci": None, "positive": 0, "uncertain": 0, "n": 300, "signature": f"zero-shot-auroc|class:Fracture|{signature}",
+    }  # fmt: skip
+    assert result["signature"] == f"zero-shot-auroc|mean-of:2-of-3-classes|{signature}"
     assert result["mean_auroc"] == pytest.approx((found["Edema"]["auroc"] + found["Pleural Effusion"]["auroc"]) / 2)
     assert result["ci"][0] < result["mean_auroc"] < result["ci"][1]
     # One patient who is three times there is less than three patients: the interval is wider.
@@ -64,6 +69,11 @@ def test_prompts(tmp_path: Path) -> None:
     assert default["Pleural Effusion"] == (
         ["Pleural effusion.", "There is a pleural effusion."],
         ["No pleural effusion.", "There is no pleural effusion."],
+    )
+    assert zero_shot.digest(default) != zero_shot.digest(default | {"Edema": (["wet"], ["dry"])})
+    assert (
+        zero_shot.digest(default) == zero_shot.digest(zero_shot.default_prompts())
+        and len(zero_shot.digest(default)) == 8
     )
     path = tmp_path / "p.json"
     path.write_text(json.dumps({"Edema": {"positive": ["wet"], "negative": ["dry"]}}))
