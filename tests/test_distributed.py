@@ -405,6 +405,7 @@ def test_flags_of_a_job(monkeypatch):
     ("error", "said"),
     [
         (RuntimeError("Gloo all-reduce failed: Connection closed by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:11181: Connection reset by peer"), True),
         (ValueError("barrier"), False),
         (RuntimeError("out of memory"), False),
     ],
