@@ -75,9 +75,8 @@ def _fitted(maps: np.ndarray, masks: Sequence[np.ndarray], candidates: Candidate
     products, along, squares = (np.zeros(shape) for shape in ((len(layers),) * 2, len(layers), len(layers)))
     inside = np.stack([_share_of_patches(mask, maps.shape[3], maps.shape[4]) for mask in masks])
     inside = inside - inside.mean()
-    for map_, wanted in zip(
-        maps, inside, strict=True
-    ):  # one target after the other: of a large model all are gigabytes
+    # One target after the other: of a large model all are gigabytes.
+    for map_, wanted in zip(maps, inside, strict=True):
         own = (map_[layers, heads] - mean).reshape(len(layers), -1).astype(np.float64)
         products += own @ own.T
         along += own @ wanted.ravel()

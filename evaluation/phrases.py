@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import heads, pointing, statistics
+from evaluation import heads, looking, pointing, statistics
 from rad_jax import images, prompts
 from rad_jax.errors import UserError
 
@@ -151,10 +151,20 @@ def scores(maps: Sequence[np.ndarray], regions: Sequence[Region]) -> dict[str, A
 NAMES = ("accuracy", "chance", "above_chance", "mass", "contrast", "mean_iou")
 
 
-def signature(what: str, of: str, size: int) -> str:
-    """How the scores of maps are made: what looks ("llava" or "tower"), what the maps are of, and the side of the square it sees."""
+def signature(what: str, of: str, size: int, averaged: bool, covering: bool) -> str:
+    """How the scores of maps are made.
+
+    Args:
+        what: looks: "llava" or "tower".
+        of: what the maps are of.
+        size: side of the square it sees.
+        averaged: whether some heads are averaged, or all are weighted (`heads.Heads`).
+        covering: whether what covering parts of the film loses is among the maps.
+    """
     rules = f"less:their-mean-map|pointing:all-maxima-inside|iou:mean-of-{len(pointing.THRESHOLDS)}-thresholds"
-    made = f"grounding|map:{what}-attention|of:{of}|heads:at-most-{heads.MOST}-chosen-on-other-patients|{rules}|image:{size}px"
+    maps = f"{what}-attention" + (f"+covering-at-most-{looking.PARTS}x{looking.PARTS}" if covering else "")
+    read = f"mean-of-at-most-{heads.MOST}" if averaged else f"ridge-{heads.RIDGE:g}"
+    made = f"grounding|map:{maps}|of:{of}|heads:{read}-on-other-patients|{rules}|image:{size}px"
     return f"{made}|unit:patient|ci:percentile-{DRAWS}-seed{statistics.SEED}"
 
 

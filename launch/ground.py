@@ -108,7 +108,7 @@ def of_predictions(
         if targets:
             scored = list(looked(looker, reading, [sentence(t) for t in targets], covering))
         pointing = pointing_game(scored, [t.boxes for t in targets], [size] * len(targets))
-        made = phrases.signature(looker.what, "sentences-of-named-findings", size[0])
+        made = phrases.signature(looker.what, "sentences-of-named-findings", size[0], reading.averaged, covering)
         chosen = {"chosen": in_words(looker, reading, maps), "validation_accuracy": reading.share}
         result = {"signature": made, **chosen, **asdict(pointing)}
         if targets:
@@ -139,12 +139,13 @@ def seen(looker: "Looker", targets: "Sequence[Target]", covering: bool) -> tuple
     """Maps of all heads, with a last layer of what covering parts of the film loses if that is wanted, and those to choose from."""
     import numpy as np
 
+    lost = looker.covered(targets) if covering else None  # first: a tower refuses
     maps = looker.maps(targets)
     candidates = looker.candidates(maps)
-    if not covering:
+    if lost is None:
         return maps, candidates
-    lost = np.broadcast_to(looker.covered(targets)[:, None, None], (len(maps), 1, *maps.shape[2:]))
-    return np.concatenate([maps, lost], axis=1), [*candidates, (maps.shape[1], 0)]
+    alike = np.broadcast_to(lost[:, None, None], (len(maps), 1, *maps.shape[2:]))
+    return np.concatenate([maps, alike], axis=1), [*candidates, (maps.shape[1], 0)]
 
 
 def looked(looker: "Looker", best: "Heads", targets: "Sequence[Target]", covering: bool) -> Any:
@@ -227,7 +228,7 @@ def of_phrases(looker: "Looker", boxes: Path, patients: Path | None, out: Path, 
         return
     result = {
         "model": looker.what,
-        "signature": phrases.signature(looker.what, "phrases", looker.image_size),
+        "signature": phrases.signature(looker.what, "phrases", looker.image_size, best.averaged, covering),
         "chosen": in_words(looker, best, maps[:, :-1] if covering else maps),
         "validation_patients": len(held),
         "validation_n": len(on),

@@ -39,25 +39,12 @@ def get_config(name):
 """
 # Runs a command that notes each step's rows.
 NOTING = """
-import json, runpy, sys
+import runpy, sys
 from pathlib import Path
-from rad_jax.runlog import RunLog
+from tests import noting
 
-notes, sys.argv = Path(sys.argv[1]), sys.argv[2:]
-take, add, rows = RunLog.fetch, RunLog.add, None
-
-def fetch(self, batches):
-    global rows
-    batch = take(self, batches)
-    rows = batch["index"].tolist()
-    return batch
-
-def added(self, step, numbers, batch):
-    with notes.open("a") as file:
-        file.write(json.dumps({"step": step, "rows": rows}) + "\\n")
-    add(self, step, numbers, batch)
-
-RunLog.fetch, RunLog.add = fetch, added
+noting.rows_of_steps(Path(sys.argv[1]))
+sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 # Runs a command whose process sends itself a signal when it asks for its sixth batch; with 0 it waits for that batch forever.

@@ -148,6 +148,19 @@ def test_what_is_lost_where_a_film_is_covered(training, monkeypatch):
                 lost = likely(row["image"]) - likely(looking.cover(row["image"][None], y, x, 16)[0])
                 np.testing.assert_allclose(map_[2 * y : 2 * y + 2, 2 * x : 2 * x + 2], lost, atol=2e-5)
     assert np.abs(found).max() > 1e-3
+
+    # What the command makes of them, batch by batch, is what all maps together give.
+    maps, candidates = ground.seen(looker, targets, True)
+    np.testing.assert_array_equal(maps[:, -1, 0], found)
+    assert candidates == [*looker.candidates(maps[:, :-1]), (maps.shape[1] - 1, 0)]
+    weights = np.zeros(maps.shape[1:3], np.float32)
+    for number, place in enumerate(candidates):
+        weights[place] = 0.1 * number - 0.3
+    best = Heads((candidates[-1], (0, 1)), weights, np.full(maps.shape[-2:], 0.01, np.float32), 1.0, False)
+    np.testing.assert_allclose(
+        ground.looked(looker, best, targets, True), best.read(maps), atol=1e-6
+    )  # sums in another order
+    assert ground.in_words(looker, best, maps[:, :-1]) == "weighted sum, above all of covering, layer 0 head 1"
     with pytest.raises(UserError, match="films are covered for a run of stage 2 or 3"):
         _Tower(model, variables, mesh, corpus.tokenizer(), mesh.size).covered(targets)
 
@@ -181,9 +194,11 @@ def test_scores_of_predictions_have_intervals_of_patients(capsys):
     json.dumps(found, allow_nan=False)
     ground.tell({**vars(game), **found})
     assert "pointing game: 0.50 [0.00, 1.00] of 12 findings of 4 patients" in capsys.readouterr().out
-    signed = phrases.signature("llava", "phrases", 518)
-    assert signed.startswith("grounding|map:llava-attention|of:phrases|heads:at-most-8-chosen-on-other-patients|")
+    signed = phrases.signature("llava", "phrases", 518, True, False)
+    assert signed.startswith("grounding|map:llava-attention|of:phrases|heads:mean-of-at-most-8-on-other-patients|")
     assert signed.endswith("|image:518px|unit:patient|ci:percentile-2000-seed0")
+    covered = phrases.signature("llava", "phrases", 518, False, True)
+    assert "|map:llava-attention+covering-at-most-8x8|of:phrases|heads:ridge-1-on-other-patients|" in covered
 
 
 @pytest.mark.slow

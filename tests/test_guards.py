@@ -361,7 +361,7 @@ distributed.before_listening()
 distributed.join()
 stop = distributed.Stop()
 stop.listen()
-time.sleep(1)  # JAX listens in a thread of its own
+time.sleep(3)  # JAX listens in a thread of its own
 print("ready", flush=True)
 while not stop.reached():
     time.sleep(0.01)

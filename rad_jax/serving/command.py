@@ -138,9 +138,8 @@ def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> i
 def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -> int:
     from rad_jax.serving import offline
 
-    offline.forbid(
-        (options["host"],)
-    )  # before anything is loaded; `app.serve` does so too, for those who call it alone
+    # Before anything is loaded; `app.serve` does so too, for those who call it alone.
+    offline.forbid((options["host"],))
     try:
         from rad_jax.serving import access, app
     except ImportError as error:

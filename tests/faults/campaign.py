@@ -39,11 +39,11 @@ PROCESS = """
 import json, os, runpy, sys, threading, time, types
 from pathlib import Path
 from rad_jax import goodput
-from rad_jax.runlog import RunLog
+from tests import noting
 
-fault, notes, sys.argv = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-switch, fetch, add = goodput.Phases._switch, RunLog.fetch, RunLog.add
-left, rows = fault.get("times", 0), None
+noting.rows_of_steps(Path(sys.argv[2]))
+fault, sys.argv = json.loads(sys.argv[1]), sys.argv[3:]
+switch, left = goodput.Phases._switch, fault.get("times", 0)
 
 def hit():
     with open(fault["file"], "w") as file:
@@ -58,17 +58,6 @@ def switched(self, name):
             threading.Timer(fault["delay"], hit).start()
     return switch(self, name)
 
-def fetched(self, batches):
-    global rows
-    batch = fetch(self, batches)
-    rows = batch["index"].tolist()
-    return batch
-
-def added(self, step, numbers, batch):
-    with notes.open("a") as file:
-        file.write(json.dumps({"step": step, "rows": rows}) + "\\n")
-    add(self, step, numbers, batch)
-
 class Development:  # a language model alone writes no findings; here it matters only that this takes its time, and asks whether to stop
     def __init__(self, *_):
         pass
@@ -82,7 +71,7 @@ class Development:  # a language model alone writes no findings; here it matters
 
 sys.modules["evaluation.development"] = types.ModuleType("evaluation.development")
 sys.modules["evaluation.development"].Development = Development
-goodput.Phases._switch, RunLog.fetch, RunLog.add = switched, fetched, added
+goodput.Phases._switch = switched
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 # Phase, how often it is entered before, and within how many seconds after; "data" reaches into the step that follows it.
