@@ -248,7 +248,8 @@ def says_lost(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, RuntimeError) and _LOST.search(str(seen)):  # JaxRuntimeError is one
             return True
-        if isinstance(seen, ValueError) and "Gloo" in str(seen):  # as JAX raises it where a program fails while it is begun
+        # As JAX raises it where a program fails while it is begun.
+        if isinstance(seen, ValueError) and "Gloo" in str(seen):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
