@@ -12,7 +12,8 @@ suites
   decode          greedy writing at batch 1 and 8: 64 tokens after a prompt of 320; both must write the same. A minute or two.
   serve           eight requests at once, with texts as long as findings are, of a served bundle of random weights: ours is the engine of
                   rad_jax.serving; theirs is transformers' generate, the eight padded in one batch, and one after the other; then a single
-                  request. At three sizes, two to four minutes; all tokens must be equal. Also seconds until the first token.
+                  request. At three sizes, two to four minutes; all tokens must be equal. Also seconds until the first token. With
+                  --bundle a bundle of yours, and with --device=cuda on a card, in float16: there tokens may differ and are counted.
   weights         a language model of Vicuna-7B's width with random weights, as two torch files: ours is launch.convert and
                   launch.export with a LoRA adapter merged, both streaming; theirs is from_pretrained and save_pretrained, and merging
                   with peft. Every step is a process of its own. All 32 layers take about 45 GB of disk; what the next step does not
@@ -67,6 +68,8 @@ _TOKENIZER = flags.DEFINE_string(
     "tokenizer.model or tokenizer.json of both sides of `input`.",
 )
 _COMPILED = flags.DEFINE_list("compiled", [], "Files of launch.compile --json, for what a host must feed in `input`.")
+_BUNDLE = flags.DEFINE_string("bundle", None, "Bundle to be served in `serve`, in place of random weights.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "Where both sides of `serve` compute.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows.")
 
 
@@ -84,7 +87,7 @@ def main(_: Sequence[str]) -> None:
         host.table(fed)
         rows[0]["hosts"] = fed
     elif _SUITE.value == "serve":
-        rows = serve.run(_ROUNDS.value, _THREADS.value)
+        rows = serve.run(_ROUNDS.value, _THREADS.value, _DEVICE.value, Path(_BUNDLE.value) if _BUNDLE.value else None)
         pairs.table(rows)
     elif _SUITE.value in ("intervals", "labels", "evaluation"):
         from evaluation import benchmark

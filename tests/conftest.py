@@ -171,6 +171,8 @@ class Training:
         from rad_jax.sharding import AXES
 
         shape = (data, fsdp, tensor)
+        if jax.device_count() < data * fsdp * tensor:
+            pytest.skip(f"needs {data * fsdp * tensor} devices, and there are {jax.device_count()}")
         devices = np.asarray(jax.devices()[: data * fsdp * tensor]).reshape(shape)
         return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

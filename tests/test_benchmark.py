@@ -55,7 +55,7 @@ def test_serving_and_transformers_write_the_same_tokens(tmp_path):
     pytest.importorskip("transformers")
     tower = dataclasses.replace(serve.TOWER, image_size=28, patch_size=7, width=24, depth=3, mlp_dim=48)
     config = LlavaConfig(dataclasses.replace(serve.SIZES["demo"].llm, width=32, depth=2, mlp_dim=48), tower)
-    rows = serve.compare("tiny", serve.problem(tmp_path / "tiny", config), rounds=2, threads=1)
+    rows = serve.compare("tiny", serve.problem(tmp_path / "tiny", config, "cpu"), rounds=2, threads=1)
     assert [row["name"] for row in rows] == [
         "tiny, 8 requests, batch of 8",
         "tiny, 8 requests, one by one",

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rad_jax import __version__
 from rad_jax.errors import UserError
-from rad_jax.serving import access, audit, chat_api, errors, findings_api, limits, offline
+from rad_jax.serving import access, audit, chat_api, errors, findings_api, gate, limits, offline
 from rad_jax.serving.audit import Audit
 from rad_jax.serving.engine import Engine
 from rad_jax.serving.films import Films
@@ -77,10 +77,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     add_plain_routes(app, service)
     complete_document(app, info.name if settings.tokens is None else None)
     MultiPartParser.spool_max_size = limits.BODY + 1  # over this it would write to disk; no body comes so far
-    app.add_middleware(limits.BodyGate)
+    app.add_middleware(gate.BodyGate)
     app.add_middleware(access.Guard, tokens=settings.tokens)
     app.add_middleware(audit.Recorder, audit=log, seen=service.metrics.seen)
-    app.add_middleware(limits.Unread, seconds=settings.timeout)
+    app.add_middleware(gate.Unread, seconds=settings.timeout)
     return app
 
 
@@ -161,7 +161,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}  # for `limits.Unread`
+        self.app_state = {**self.app_state, "abort": transport.abort}  # for `gate.Unread`
         self._last: Any = None
         self._unread = 0
         self._look_again()

@@ -30,7 +30,9 @@ class Graphs:
         self._tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self._lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self._captured: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
+        # One pool of memory and one stream for all of them: cuBLAS takes a workspace for every stream, 8 MiB on Volta and 32 on Hopper.
         self._pool: Any = None
+        self._stream: Any = None
         self.broken = False
 
     def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor | None:
@@ -70,16 +72,15 @@ class Graphs:
 
     def _capture(self, rows: int, longest: int) -> tuple[Any, torch.Tensor]:
         given = self._tokens[:rows], self._lengths[:rows], longest
-        side = torch.cuda.Stream()
+        self._stream = side = self._stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # libraries set themselves up; the step writes the same keys and values every time
+        # Libraries set themselves up; the step writes the same keys and values every time.
+        with torch.cuda.stream(side):
             for _ in range(2):
                 self._step(*given)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = self._step(*given)
         self._pool = self._pool or graph.pool()
         return graph, logits

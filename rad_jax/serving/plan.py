@@ -17,9 +17,10 @@ MOST_SLOTS = {"cuda": 16, "cpu": 8}
 PREFILL_TOKENS = (
     1024  # of prompts taken in together, if there are several: more would win nothing and hold up texts in progress
 )
-# Beside tensors: on a card the CUDA context, cuBLAS's workspace and what the allocator cannot use (0.5 to 0.8 GiB on a V100 are
+# Beside tensors: on a card the CUDA context, cuBLAS's workspaces and what the allocator cannot use (0.5 to 0.8 GiB on a V100 are
 # reported); on a CPU the interpreter with PyTorch.
 ALLOWANCE = {"cuda": int(0.7 * GIB), "cpu": int(0.5 * GIB)}
+WORKSPACES = 4 * 32 * 2**20  # more on cards from 9.0 on, where cuBLAS takes 32 MiB for each stream
 CONTEXT = int(0.3 * GIB)  # of that: what a CUDA context takes as it is made, before any kernel is loaded
 # Around the engine on a CPU; beside a card it is the host's memory. A decoder was measured at its peak on the largest DICOM that an upload
 # holds uncompressed, 24 megapixels of 16 bits: 776 MB, of which 89 MB before. (One of 64 megapixels, compressed, takes up to 2.5 GB for a
@@ -122,8 +123,9 @@ def plan(bundle: Bundle, card: Card, dtype: str, weights: str | None = None, slo
     c, item = bundle.decoder, ITEM_BYTES[dtype]
     max_tokens = min(c.max_positions, MAX_TOKENS)
     slot = 2 * c.depth * c.kv_heads * c.head_dim * max_tokens * item
-    scratch = _scratch(bundle, weights, item)
-    stored, allowance = weight_bytes(bundle, weights, item), ALLOWANCE[card.kind] - card.context
+    scratch = _scratch(bundle, weights, item, pools=2 if card.kind == "cuda" else 1)
+    allowance = ALLOWANCE[card.kind] - card.context + (WORKSPACES if (card.capability or (0, 0)) >= (9, 0) else 0)
+    stored = weight_bytes(bundle, weights, item)
     decoders, bodies = (DECODERS * DECODER_BYTES, BODY_BYTES) if card.kind == "cpu" else (0, 0)
     fixed = stored + scratch + allowance + decoders + bodies
     wanted = slots or MOST_SLOTS[card.kind]
@@ -203,14 +205,14 @@ def square_bytes(decoder: Decoder, length: int) -> int:
     return 4 * ((2 * d.heads + 2) * length**2 + 5 * d.heads * d.head_dim * length)
 
 
-def _scratch(bundle: Bundle, weights: str | None, item: int) -> int:
-    """Room for the largest matrix spread out, and in NF4 for some of its rows on the way."""
+def _scratch(bundle: Bundle, weights: str | None, item: int, pools: int) -> int:
+    """Room for the largest matrix spread out, and in NF4 for some of its rows on the way, in each pool: CUDA graphs have one of their own."""
     c = bundle.decoder
     columns = max(c.width, c.mlp_dim)
     largest = max(2 * c.mlp_dim, (c.heads + 2 * c.kv_heads) * c.head_dim) * c.width
     if weights is None:
         return 0
-    return largest * item + (NF4_ROWS * columns * (2 + item) if weights == "nf4" else 0)
+    return largest * item + (pools * NF4_ROWS * columns * (2 + item) if weights == "nf4" else 0)
 
 
 def _smaller(weights: str | None, dtype: str) -> str:

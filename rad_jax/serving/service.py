@@ -31,7 +31,7 @@ class Service:
     Attributes:
         dicom: how a DICOM's grey values are made, one of `images.DICOM_STYLES`.
         seconds: that a request may take, from its first byte on: upload, decoding and waiting included (and sending, which
-            `limits.Unread` ends).
+            `gate.Unread` ends).
         stopping: no further request is taken.
     """
 

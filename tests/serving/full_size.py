@@ -2,9 +2,9 @@
 
     python -m tests.serving.full_size FOLDER TOKENIZER FILM
 
-Writes FOLDER/bundle first (14 GB, some minutes) unless it is there. TOKENIZER is one of 32,000 pieces, as Llama 2's tokenizer.model;
+Writes FOLDER/bundle first (14 GB, a minute or two) unless it is there. TOKENIZER is one of 32,000 pieces, as Llama 2's tokenizer.model;
 FILM a DICOM, PNG or JPEG. Printed are the server's memory plan, its seconds until it was ready and its memory, then the seconds and the tokens
-of an answer with words alone and of one about the film. The words mean nothing.
+of an answer with words alone and of one about the film. The words mean nothing. Without FILM the bundle is written, and that is all.
 """
 
 import argparse
@@ -16,58 +16,37 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import httpx2 as httpx
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from configs import stage3
 from rad_jax import FORMAT_VERSION, tasks
 from rad_jax.interop import bundle, receipt
 from rad_jax.interop.exported import Exported
-from rad_jax.lazy import LazyArray
 from rad_jax.models.llava import LlavaConfig
 from rad_jax.models.vit import Vit
+from tests import random_weights
 
 ROOT = Path(__file__).resolve().parents[2]
-STACKED = re.compile(r"llm/layers/|vision/blocks/")
-ONES = re.compile(r"/(scale|ls[12])$")
-
-
-def drawn(path: str, shape: tuple[int, ...]) -> LazyArray:
-    """Matrices with the spread of Llama's own, 0.02; gains are one, biases zero."""
-    stacked = STACKED.match(path) is not None
-
-    def read(layer: int) -> np.ndarray:
-        own = shape[1:] if stacked else shape
-        if path.endswith("bias"):
-            return np.zeros(own, np.float32)
-        if ONES.search(path):
-            return np.ones(own, np.float32)
-        rng = np.random.default_rng([zlib.crc32(path.encode()), layer])
-        return rng.standard_normal(own, np.float32) * np.float32(0.02)
-
-    return LazyArray(shape, np.dtype(np.float32), read, stacked)
 
 
 def write(out: Path, tokenizer: Path) -> None:
     config = stage3.get_config("cpu-1")
     model = tasks.model_config(config)
     assert isinstance(model, LlavaConfig) and model.vision is not None
-    shapes = nn.unbox(jax.eval_shape(tasks.make_task(config).init, jax.random.key(0)))["params"]
+    shapes = random_weights.shapes(tasks.make_task(config))
     tower = Vit(
         dataclasses.replace(model.vision, feature_layer=None)
     )  # with the blocks that are not used, as bundles have it
     film = jax.ShapeDtypeStruct((1, model.vision.image_size, model.vision.image_size, 3), np.float32)
     shapes["vision"] = nn.unbox(jax.eval_shape(tower.init, jax.random.key(0), film))["params"]
-    tree = {path: drawn(path, leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()}
     whole = dataclasses.replace(model, lora=None)
-    exported = Exported({"params": unflatten_dict(tree, sep="/")}, whole, tokenizer, {})
+    exported = Exported({"params": random_weights.tree(shapes)}, whole, tokenizer, {})
     partial = out.with_suffix(".partial")
     partial.mkdir(parents=True)
     # By the writer alone: launch.export would also run the model once, to see that float16 holds its numbers.
@@ -94,13 +73,16 @@ def ask(url: str, tokens: int, film: Path | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("folder", "tokenizer", "film"):
+    for name in ("folder", "tokenizer"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("film", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=16, help="To write.")
     given = parser.parse_args()
     folder = given.folder / "bundle"
     if not folder.exists():
         write(folder, given.tokenizer)
+    if given.film is None:
+        return 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,8 +3,9 @@
     python tests/serving/fuzz.py http://127.0.0.1:8000 PID --count=5000 [--dicoms=FOLDER]
 
 They go to /v1/findings, to /v1/film, and as data: URLs to /v1/chat/completions. Every answer must be a 200 or a 400 within its time; PID is the
-server's process, whose own memory is read from /proc, and its children's: the decoders'. The first fifth of the films warms them up; growth is
-counted from there. Exit status 1 on any other answer, or on growth above 5 % of the server, or of all of them.
+server's process, whose own memory is read from /proc, and its children's: the decoders'. As many films again are sent before, to warm a server
+up that has just been started; growth is counted from there. Exit status 1 on any other answer, or on growth above 5 % of the server, or of all
+of them.
 """
 
 import argparse
@@ -147,11 +148,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--dicoms", type=Path, help="Folder of whole DICOMs to start from.")
     given = parser.parse_args()
-    films = list(mutants(seeds(given.dicoms), given.count, given.seed))
-    fifth = given.count // 5
-    total = send(given.url, films[:fifth], given.workers)
+    films = list(mutants(seeds(given.dicoms), 2 * given.count, given.seed))
+    fifth = -(-given.count // 5)
+    total = send(given.url, films[: given.count], given.workers)
     before = resident(given.pid)
-    for start in range(fifth, given.count, fifth):
+    print(f"warmed up: server {before[given.pid] / 1e6:.1f} MB, with children {sum(before.values()) / 1e6:.1f} MB")
+    for start in range(given.count, len(films), fifth):
         total += send(given.url, films[start : start + fifth], given.workers)
         now = resident(given.pid)
         print(

@@ -26,7 +26,11 @@ def test_rounded_sizes_stay_within_the_cache(rows, longest, expected):
 
 def test_steps_go_on_without_graphs_where_capturing_fails():
     said: list[str] = []
-    graphs = Graphs(lambda tokens, lengths, longest: tokens, 2, 512, "cpu", said.append)
+
+    def step(tokens, lengths, longest):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    graphs = Graphs(step, 2, 512, "cuda" if torch.cuda.is_available() else "cpu", said.append)
     assert graphs.run([5], [7]) is None and graphs.broken
     assert len(said) == 1 and said[0].startswith("CUDA graphs are not used: capturing a step failed (")
 

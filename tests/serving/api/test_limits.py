@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import itertools
 import signal
 import socket
 import struct
@@ -20,6 +21,7 @@ from PIL import Image
 
 from rad_jax.errors import UserError
 from rad_jax.serving import films, headers, limits
+from rad_jax.serving.gate import BodyGate
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,20 @@ def test_a_decoder_that_dies_is_started_again(reader, made):
     assert worker._process.pid != first
 
 
+def test_a_decoder_has_its_day(made, monkeypatch):
+    """What its codecs lose of the memory goes with it."""
+    monkeypatch.setattr(films, "LIFE", 3)
+    reader = films.Films(1)
+    seen = []
+    for _ in range(7):
+        assert reader.decode(made.png(made.grey()), "window").pixels.shape == (40, 30)
+        worker = reader._idle.get()
+        seen.append(worker._process.pid)  # of the process that the next film goes to
+        reader._idle.put(worker)
+    reader.close()
+    assert [a == b for a, b in itertools.pairwise(seen)] == [True, False, True, True, False, True]
+
+
 def test_a_decoder_that_takes_too_long_is_ended(made, monkeypatch):
     monkeypatch.setattr(films, "SECONDS", 0.2)
     reader = films.Films(1)
@@ -320,7 +336,7 @@ def test_a_request_that_takes_too_long(serve, stream):
 def gate(app):
     """The middleware that counts the bodies that are held."""
     found = app.middleware_stack
-    while not isinstance(found, limits.BodyGate):
+    while not isinstance(found, BodyGate):
         found = found.app
     return found
 
