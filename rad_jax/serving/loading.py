@@ -1,9 +1,11 @@
 """An exported bundle to an engine that serves it: files checked, memory planned, weights loaded tensor by tensor."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +18,7 @@ from rad_jax.serving.engine import Engine, EngineInfo
 from rad_jax.serving.limits import DEFAULT_NEW_TOKENS
 from rad_jax.serving.plan import GIB, PREFILL_TOKENS, Plan
 
+T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "float32")}
 
@@ -50,7 +53,7 @@ def load(
         found = bundles.read(bundle, bar.update)
     planned = choose(found, device, dtype, weights, slots)
     say(planned.text())
-    model = build(found, planned, say)
+    model = alone(lambda: build(found, planned, say))
     tokenizer, open_ = open_tokenizer(found)
     info = EngineInfo(
         name=found.folder.resolve().name,
@@ -117,6 +120,30 @@ def build(bundle: Bundle, plan: Plan, say: Callable[[str], object]) -> Any:
     # A film with a short question at its beginning, and at the end of its text.
     model.prepare([bundle.tower.patches + more for more in (64, 64 + DEFAULT_NEW_TOKENS)])
     return model
+
+
+def alone(work: Callable[[], T]) -> T:
+    """The result of `work`, which is done in a thread that has ended when this returns.
+
+    Every thread that computes on a CPU gets helpers of its own from OpenMP, which stay as long as it does. As soon as all of them are more than
+    the cores, GNU's OpenMP lets them sleep between two operations, and waking them takes as long as a small operation. The engine's thread is to
+    be the only one that has any.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="loading", daemon=True)
+    thread.start()
+    try:
+        return future.result()
+    finally:
+        if future.done():
+            thread.join()
 
 
 def open_tokenizer(bundle: Bundle) -> tuple[Any, list[bool]]:

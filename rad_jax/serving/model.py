@@ -4,9 +4,8 @@ What is left out beside transformers' model changes no number: the tower ends at
 positions that choose a token. Letters as in the rest of the library; K heads of keys and values, G = N / K query heads to each.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,9 +19,6 @@ from rad_jax.serving.graphs import Graphs
 from rad_jax.serving.weights import Matrix
 
 Tensor: TypeAlias = torch.Tensor
-# Bytes of a decoder up to which a step on a CPU is done sooner by one core than by several that have to be woken for every product. On two
-# cores it takes 0.5 of the time with 3 MB, 0.9 with 13 MB, and 1.2 with 100 MB (launch.benchmark's demo, mid and large).
-_SMALL = 32 * 2**20
 
 
 class Prompt(NamedTuple):
@@ -88,8 +84,6 @@ class Model:
         self._bias[list(suppressed)] = -math.inf
         self._places = torch.arange(max_tokens, device=like.device)
         self._starts = torch.arange(slots * c.kv_heads, device=like.device).view(slots, -1) * max_tokens
-        read = c.depth * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.mlp_dim) * like.element_size()
-        self._alone = like.device.type == "cpu" and read <= _SMALL
         # Of the layers that attention maps are made of: a step leaves its queries here, where a graph can, and maps come after it.
         self._first = c.depth // 2
         self._queries = torch.zeros((c.depth - self._first, slots, c.heads, c.head_dim), **self._new)
@@ -161,15 +155,14 @@ class Model:
         if self._graphs is not None and not self._graphs.broken:
             logits = self._graphs.run(tokens, lengths)
         maps, device, longest = Maps(places, self.tower.patches), self._bias.device, max(lengths) + 1
-        with _one_core() if self._alone else contextlib.nullcontext():
-            if logits is None:
-                given = torch.tensor(tokens, device=device), torch.tensor(lengths, device=device)
-                logits = self._step(*given, longest, min(lengths) + 1 < longest, any(p is not None for p in places))
-            for row in (row for row, place in enumerate(places) if place is not None):
-                for number in range(self._first, self.decoder.depth):
-                    keys = self.keys[number, row, :, : lengths[row] + 1]
-                    maps.add(row, self._queries[number - self._first, row], keys)
-            return logits, maps.finished(self.tower.side)
+        if logits is None:
+            given = torch.tensor(tokens, device=device), torch.tensor(lengths, device=device)
+            logits = self._step(*given, longest, min(lengths) + 1 < longest, any(p is not None for p in places))
+        for row in (row for row, place in enumerate(places) if place is not None):
+            for number in range(self._first, self.decoder.depth):
+                keys = self.keys[number, row, :, : lengths[row] + 1]
+                maps.add(row, self._queries[number - self._first, row], keys)
+        return logits, maps.finished(self.tower.side)
 
     @torch.inference_mode()
     def prepare(self, longest: Sequence[int]) -> None:
@@ -227,16 +220,6 @@ class Model:
 
     def _logits(self, x: Tensor) -> Tensor:
         return torch.addmm(self._bias, self._norm(x, self.weights.norm), self.weights.head).float()
-
-
-@contextlib.contextmanager
-def _one_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Maps:

@@ -250,7 +250,7 @@ def test_a_decoder_has_its_day(made, monkeypatch):
     for _ in range(7):
         assert reader.decode(made.png(made.grey()), "window").pixels.shape == (40, 30)
         worker = reader._idle.get()
-        seen.append(worker._process.pid)  # of the process that the next film goes to
+        seen.append(worker.start().pid)  # of the process that the next film goes to
         reader._idle.put(worker)
     reader.close()
     assert [a == b for a, b in itertools.pairwise(seen)] == [True, False, True, True, False, True]
