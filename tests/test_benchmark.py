@@ -1,11 +1,13 @@
 """The benchmarks beside transformers: both sides compute the same, and a row says what it should."""
 
 import dataclasses
+import functools
 
 import pytest
 
 from launch.benchmarks import llava, pairs, serve
 from launch.benchmarks.pairs import Run
+from rad_jax.errors import UserError
 from rad_jax.models.llava import LlavaConfig
 
 VISION = dataclasses.replace(llava.VISION, image_size=28, width=24, depth=3, mlp_dim=48, unroll=2)
@@ -64,3 +66,17 @@ def test_serving_and_transformers_write_the_same_tokens(tmp_path):
     for row, count in zip(rows, (sum(serve.TEXT_LENGTHS),) * 2 + serve.TEXT_LENGTHS[:1], strict=True):
         assert row["equality"].startswith(f"all {count} tokens equal")
         assert 0 < row["ours_first_token_s"] < row["ours_s"]
+    found = serve.run(1, 1, bundle=tmp_path / "tiny" / "bundle")
+    assert [row["name"] for row in found] == [row["name"].replace("tiny", "bundle") for row in rows]
+    assert all("tokens equal" in row["equality"] for row in found)
+
+
+def test_tokens_are_counted_up_to_the_first_other_one():
+    assert serve.upto([5, 2, 9], 2) == serve.upto([5, 2, 9], [7, 2]) == [5, 2] and serve.upto([5, 9], 2) == [5, 9]
+    run = functools.partial(Run, 1.0, 1.0)
+    runs = {"ours": [run([([1, 2, 3], 0.1), ([4], 0.2)])], "batch of 8": [run([([1, 5, 3], 0.1), ([4], 0.2)])]}
+    assert serve._row("a card", runs, exact=False)["equality"].startswith(
+        "up to a text's first other one 2 of 4 tokens equal"
+    )
+    with pytest.raises(UserError, match="different tokens"):
+        serve._row("a CPU", runs, exact=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import threading
 from typing import Any
 
 import pytest
@@ -111,6 +112,19 @@ def test_what_is_said_before_and_after_loading(bundle):
     assert (info.device, info.dtype, info.weights, info.slots) == ("this CPU", "float32", "float32", 2)
     assert info.bundle_sha256 == hashlib.sha256((bundle()[1] / "receipt.json").read_bytes()).hexdigest()
     assert info.image_size == 28 and info.max_tokens == 256 and info.template == "v1"
+
+
+def test_loading_leaves_no_thread(bundle):
+    """Its helpers would keep those of the engine's thread from waiting awake."""
+    loading.load(bundle()[1], say=lambda _: None).close()
+    assert "loading" not in {thread.name for thread in threading.enumerate()}
+    assert loading.alone(lambda: threading.current_thread().name) == "loading"
+
+    def fail():
+        raise UserError("too little")
+
+    with pytest.raises(UserError, match="too little"):
+        loading.alone(fail)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
