@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rad_jax.errors import UserError
+from rad_jax.errors import UserError, describe_disk_error, describe_missing_library
 from rad_jax.serving import command
 
 
@@ -25,8 +25,15 @@ def main(arguments: Sequence[str]) -> int:
     batch = given.pop("batch")
     try:
         return command.run(given.pop("bundle"), given, (batch[0], batch[1]) if batch else None)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        message = (
+            str(error)
+            if isinstance(error, UserError)
+            else describe_missing_library(error) or describe_disk_error(error)
+        )
+        if message is None:
+            raise
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 

@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rad_jax.errors import UserError
+from rad_jax.serving.audit import is_torn
 from rad_jax.serving.errors import ApiError, error_response
 
 # Without a token they tell nothing but that the server is there, whether it is ready, and how to ask it.
@@ -75,7 +76,7 @@ def add_token(path: Path, name: str) -> str:
         raise UserError(f"{path} has a token named {name} already: delete its line first.")
     token = f"rad_{secrets.token_urlsafe(32)}"
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as file:
-        file.write(f"{name} {digest(token)}\n")
+        file.write("\n" * is_torn(path) + f"{name} {digest(token)}\n")
     return token
 
 

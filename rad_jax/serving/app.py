@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import resource
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """
     info = engine.info
     log = Audit(settings.audit, model=info.name, bundle=info.bundle_sha256, version=info.version)
-    service = Service(engine, Films(), log, Metrics(engine.stats), settings.dicom, settings.timeout)
+    films = Films()
+    engine.others = films.busy
+    service = Service(engine, films, log, Metrics(engine.stats), settings.dicom, settings.timeout)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -224,6 +227,24 @@ def serve(
     if failed:
         audit.say(f"error: {failed}: start the server again")
     return 1 if failed else 0
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Refuses files that TLS cannot be spoken with, before minutes go into loading.
+
+    Raises:
+        UserError: one is missing, no PEM, or the key is not the certificate's.
+    """
+    for path in (certificate, key):
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file.")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise UserError(
+            f"{certificate} and {key} are no certificate in PEM with its key, without a password ({reason})."
+        ) from error
 
 
 def check_port(host: str, port: int) -> None:

@@ -95,7 +95,7 @@ def film_fields(sha256: str, shape: Sequence[int], data: bytes) -> dict[str, Any
 
 @dataclasses.dataclass
 class Recorder:
-    """The outermost ASGI middleware: gives each request an id, writes both logs, and turns a crash into a 500 that tells nothing.
+    """ASGI middleware around all that answers: gives each request an id, writes both logs, and turns a crash into a 500 that tells nothing.
 
     `scope["state"]["record"]` is what a route adds to the audit log's line, and `["began"]` the loop's time when the request came. `seen` gets each request's route, status and seconds.
     """

@@ -65,8 +65,12 @@ def run(
     info = engine.info
     settings = {"dicom": dicom, "weights": info.weights, "dtype": info.dtype, "max_new_tokens": max_new_tokens}
     asked = {row.id: hashed(row.indication, settings) for row in rows}
-    with opened(out) as file, open(bad_path(out), "wb") as bad, contextlib.closing(Films()) as films:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(opened(out))
         done = repair(file, out, {row.id: row for row in rows}, info.bundle_sha256, asked)
+        bad = stack.enter_context(emptied(bad_path(out)))
+        films = stack.enter_context(contextlib.closing(Films()))
+        engine.others = films.busy
         todo = [row for row in rows if row.id not in done]
         writer = _Writer(engine, films, source.parent, dicom, max_new_tokens)
         wrong = 0
@@ -135,6 +139,13 @@ def opened(out: Path) -> Iterator[BinaryIO]:
         except OSError as error:
             raise UserError(f"{out} is being written by another process: let it end first.") from error
         yield file
+
+
+def emptied(path: Path) -> BinaryIO:
+    """A new file, or an old one without its contents, that its owner alone can read: ids and names of files may name patients."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CREAT, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return os.fdopen(descriptor, "wb")
 
 
 def hashed(indication: str | None, settings: dict[str, Any]) -> str:

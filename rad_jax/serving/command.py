@@ -108,7 +108,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
     access.check_bind(options["host"], known)
     if batch:
         offline.forbid()
-        return run_batch(load(bundle, options), batch, options)
+        return run_batch(bundle, batch, options)
     return serve(bundle, options, known)
 
 
@@ -119,14 +119,18 @@ def load(bundle: str, options: dict[str, Any]) -> Any:
     return loading.load(Path(bundle), **given)
 
 
-def run_batch(engine: Any, batch: tuple[str, str], options: dict[str, Any]) -> int:
+def run_batch(bundle: str, batch: tuple[str, str], options: dict[str, Any]) -> int:
     from rad_jax.serving import batch as batches
     from rad_jax.serving.audit import Audit
 
     source, out = map(Path, batch)
+    path = Path(options["audit"]) if options["audit"] else None
+    # What cannot be read or written is said before minutes go into loading.
+    batches.read(source)
+    Audit(path).close()
+    engine = load(bundle, options)
     info, wanted = engine.info, {name: options[name] for name in ("dicom", "max_new_tokens")}
     try:
-        path = Path(options["audit"]) if options["audit"] else None
         audit = Audit(path, model=info.name, bundle=info.bundle_sha256, version=info.version)
         done, bad = batches.run(engine, source, out, audit=audit, **wanted)
     finally:
@@ -142,6 +146,7 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
     offline.forbid((options["host"],))
     try:
         from rad_jax.serving import access, app
+        from rad_jax.serving.audit import Audit
     except ImportError as error:
         raise UserError(
             f"the server needs the package {error.name}: install requirements-serve.txt, or rad_jax[serve]."
@@ -153,7 +158,11 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
             print("warning: without --certificate tokens and films cross the network unencrypted.")
         if not options["audit"]:
             print("warning: without --audit nobody can tell later who asked.")
+    if certificate and key:
+        app.check_certificate(certificate, key)
     app.check_port(options["host"], options["port"])
+    if options["audit"]:
+        Audit(Path(options["audit"])).close()  # to see that it can be written
     settings = app.Settings(
         tokens, Path(options["audit"]) if options["audit"] else None, options["dicom"], float(options["timeout"])
     )

@@ -172,6 +172,7 @@ class Engine:
 
     Attributes:
         info: what serves.
+        others: how many cores other work of this process's wants now, as the decoding of films; a CPU's engine leaves them that many.
         failed: None, or why no request will be answered any more: the card failed, or FAILURES steps in a row did. Only a new process
             helps then.
     """
@@ -188,6 +189,7 @@ class Engine:
         prefill_tokens: int,
     ):
         self.info = info
+        self.others: Callable[[], int] = lambda: 0
         self.failed: str | None = None
         self._model, self._tokenizer, self._open, self._eos = model, tokenizer, open_, eos_ids
         self._patches, self._queue_size, self._prefill_tokens = patches, queue_size, prefill_tokens
@@ -260,7 +262,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- the worker thread
 
     def _run(self) -> None:
-        failures = 0
+        import torch
+
+        cores, failures = torch.get_num_threads(), 0
         while self.failed is None:
             new: list[_Row] = []
             try:
@@ -269,6 +273,9 @@ class Engine:
                         self._lock.wait()
                     if self._closing and not self._waiting and not self._rows:
                         return
+                # With more threads than cores each operation waits for the last of its threads to get one.
+                if (threads := max(1, cores - self.others())) != torch.get_num_threads():
+                    torch.set_num_threads(threads)
                 self._leave([row for row in self._rows if row.stream.cancelled], "cancelled")
                 with self._lock:
                     self._admit(new)

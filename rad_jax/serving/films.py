@@ -72,6 +72,10 @@ class Films:
         self._workers, self._waiting = workers, 0
         self._free = asyncio.Semaphore(workers)
 
+    def busy(self) -> int:
+        """How many processes have a film."""
+        return self._workers - self._idle.qsize()
+
     def start(self) -> None:
         """Starts the processes, which the first films would else wait for."""
         workers = [self._idle.get() for _ in range(self._workers)]
@@ -125,6 +129,7 @@ class Films:
         self._pool.shutdown(wait=True)
         for _ in range(self._workers):
             self._idle.get().close()
+        self._workers = 0
 
     def _ask(self, data: bytes, what: str, dicom: str) -> tuple[dict[str, Any], bytes]:
         worker = self._idle.get()
@@ -187,6 +192,7 @@ def start() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd="/",
+        start_new_session=True,  # Ctrl-C is for the server, which lets what it has begun end; a decoder ends with its stdin
         env={
             "PATH": os.defpath,
             "PYTHONPATH": root,

@@ -14,8 +14,11 @@ class Sampler:
 
     def choose(self, logits: np.ndarray) -> int:
         """A token of logits float32 [V]."""
-        scaled = logits.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - logits.max()
+        with np.errstate(
+            over="ignore"
+        ):  # the largest is 0 at any temperature, however small, and the others at worst minus infinity
+            weights = np.exp(below / self._temperature)
         if self._top_p < 1:
             order = np.argsort(-weights, kind="stable")
             before = np.cumsum(weights[order]) - weights[order]

@@ -4,10 +4,11 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from rad_jax.errors import UserError
 from rad_jax.prompts import question
-from rad_jax.serving import reference
+from rad_jax.serving import loading, reference
 from rad_jax.serving.engine import Full, Request
 
 KINDS = ("dinov2", "vit", "clip", "siglip")
@@ -42,6 +43,27 @@ def test_texts_are_those_of_transformers_alone_and_in_company(kind, bundle, engi
         ended = ids[-1] in ours._eos
         assert stream.finish_reason == ("stop" if ended else "length") and (ended or len(ids) == length)
     assert ours.stats()["tokens_total"] == sum(len(ids) for ids, _ in alone + found)
+
+
+def test_films_that_are_decoded_get_cores_of_their_own(bundle):
+    """The threads of a step are those that PyTorch has, without one for each film; one stays."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    ours = loading.load(bundle()[1], device="cpu", say=lambda _: None)
+    torch.set_num_threads(before)
+    used: list[int] = []
+    step = ours._model.step
+
+    def counted(rows):
+        used.append(torch.get_num_threads())
+        return step(rows)
+
+    ours._model.step = counted
+    for others in (0, 1, 5, 0):
+        ours.others = lambda count=others: count
+        written(ours.submit(Request(None, "heart?", 2)))
+    ours.close()
+    assert used == [3, 2, 1, 3] and torch.get_num_threads() == before
 
 
 def test_prompts_have_the_tokens_that_transformers_gives_them(bundle, engine):

@@ -349,6 +349,14 @@ def test_from_a_dicom_to_findings(browser: Chromium, serve: Callable[..., Any], 
         browser.js("location.href") == url
         and browser.js("document.cookie + localStorage.length + sessionStorage.length") == "00"
     )
+    assert browser.js("$('reason').value") == "Cough of MRS DOE"
+    browser.drop(file)
+    ready(browser)
+    assert browser.js("$('reason').value") == ""  # it was that of the film before
+    assert browser.js("$('reason').value") == "Cough of MRS DOE"
+    browser.drop(file)
+    ready(browser)
+    assert browser.js("$('reason').value") == ""  # it was that of the film before
     assert browser.complaints() == []
 
 

@@ -71,5 +71,10 @@ def test_samples_have_the_probabilities_they_should():
     kept = {Sampler(1.0, 0.7, seed).choose(logits) for seed in range(200)}
     assert kept == {0, 1}
     assert {Sampler(1.0, 1e-9, seed).choose(logits) for seed in range(50)} == {0}
+    with np.errstate(invalid="raise", over="raise"):  # of a temperature that no number can be divided by
+        tiny = [
+            Sampler(temperature, top_p, 0).choose(logits) for temperature in (1e-308, 5e-324) for top_p in (1.0, 0.5)
+        ]
+    assert tiny == [0] * 4
     sharp = [Sampler(0.1, 1.0, seed).choose(logits) for seed in range(300)]
     assert np.mean(np.array(sharp) == 0) > 0.97

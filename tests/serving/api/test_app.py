@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
@@ -20,7 +22,7 @@ import pytest
 from PIL import Image
 
 from rad_jax.errors import UserError
-from rad_jax.serving import access, app, audit, decoder, films, offline
+from rad_jax.serving import access, app, audit, batch, decoder, films, offline
 from rad_jax.serving import command as commands
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -322,15 +324,18 @@ asyncio.run(listen())
 
 
 def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
-    called = []
+    called: list[Any] = []
+    info = types.SimpleNamespace(name="a", bundle_sha256="b", version="c")
+    engine = types.SimpleNamespace(info=info, close=lambda **_: None)
     monkeypatch.setattr(offline, "forbid", lambda *names: called.append(names))
     monkeypatch.setattr(decoder, "load_codecs", lambda: called.append("codecs"))
     monkeypatch.setattr(decoder.resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     decoder.main()
     assert called == [(), "codecs"]
-    monkeypatch.setattr(commands, "load", lambda *_: called.append("loaded"))
-    monkeypatch.setattr(commands, "run_batch", lambda *_: 0)
+    monkeypatch.setattr(commands, "load", lambda *_: called.append("loaded") or engine)
+    monkeypatch.setattr(batch, "read", lambda _: [])
+    monkeypatch.setattr(batch, "run", lambda *_, **__: (0, 0))
     options = {option.name: option.default for option in commands.OPTIONS}
     assert commands.run("bundle", options, ("in.csv", "out.jsonl")) == 0
     assert called[2:] == [(), "loaded"]
@@ -428,6 +433,13 @@ def test_tokens(serve, tmp_path):
     assert first not in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     with pytest.raises(UserError, match="already"):
         access.add_token(file, "ward-3")
+    file.write_text(file.read_text().rstrip("\n"))  # as an editor may leave it
+    third = access.add_token(file, "ward-5")
+    assert [access.name_of(t, access.read_tokens(file)) for t in (first, second, third)] == [
+        "ward-3",
+        "ward-4",
+        "ward-5",
+    ]
     with pytest.raises(UserError, match="name of a token"):
         access.add_token(file, "ward 3")
     served = serve(tokens=access.read_tokens(file), audit=tmp_path / "audit.jsonl")
@@ -548,6 +560,16 @@ def command(*arguments, module="rad_jax.serving", cwd=ROOT):
         (["bundle", "--max_new_tokens=513"], "between 1 and 512"),
         (["bundle", "--host=192.0.2.1", "--tokens={tokens}"], "cannot be listened on"),
         (["missing-bundle", "--port={port}"], "missing-bundle"),
+        # All of these before anything is loaded: there is no such bundle.
+        (["missing-bundle", "--certificate={tokens}", "--key=none.pem"], "none.pem: there is no such file"),
+        (["missing-bundle", "--certificate={tokens}", "--key={tokens}"], "no certificate in PEM"),
+        (["missing-bundle", "--port={port}", "--audit=no-folder/audit.jsonl"], "audit log cannot be written"),
+        (
+            ["missing-bundle", "--audit=no-folder/audit.jsonl", "--batch", "{films}", "out.jsonl"],
+            "audit log cannot be written",
+        ),
+        (["missing-bundle", "--batch", "none.csv", "out.jsonl"], "none.csv: cannot be read"),
+        (["--tokens=no-folder/tokens.txt", "--add_token=ward-4"], "no-folder/tokens.txt"),
     ],
 )
 def test_one_sentence_for_what_cannot_be(arguments, said, tmp_path):
@@ -556,7 +578,9 @@ def test_one_sentence_for_what_cannot_be(arguments, said, tmp_path):
     access.add_token(tmp_path / "tokens.txt", "ward-3")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    given = [part.format(tokens=tmp_path / "tokens.txt", port=port) for part in arguments]
+    (tmp_path / "films.csv").write_text("image\n")
+    names = {"tokens": tmp_path / "tokens.txt", "port": port, "films": tmp_path / "films.csv"}
+    given = [part.format(**names) for part in arguments]
     status, _, errors = command(*given)
     assert status == 2 and errors.splitlines()[-1].startswith("error: ") and said in errors
     assert "Traceback" not in errors

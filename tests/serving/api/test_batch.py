@@ -69,6 +69,10 @@ def test_bad_rows_are_listed_and_tried_again(scripted, films, made):
     bad = {row["id"]: row["error"] for row in lines(films / "out.bad.jsonl")}
     assert bad.keys() == set("bcdf")
     assert "damaged" in bad["b"] and "No such file" in bad["c"] and "1000 characters" in bad["f"]
+    assert (films / "out.bad.jsonl").stat().st_mode & 0o777 == 0o600  # ids and names of files may name patients
+    with pytest.raises(UserError, match="other"):
+        run(engine, source, films / "out.jsonl", max_new_tokens=3)
+    assert {row["id"] for row in lines(films / "out.bad.jsonl")} == set("bcdf")
     (films / "missing.png").write_bytes(made.png(made.grey()))
     assert run(engine, source, films / "out.jsonl") == (3, 3)
     assert [row["id"] for row in lines(films / "out.jsonl")] == ["a", "e", "c"]

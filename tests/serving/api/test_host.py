@@ -30,6 +30,8 @@ def test_the_unit_waits_longer_than_a_request_may_take():
     longest = next(option.default for option in command.OPTIONS if option.name == "timeout")
     stop = re.search(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
     assert stop is not None and int(stop[1]) > longest
+    # And the decoders are not ended before the server has its film of them.
+    assert re.search(r"^KillMode=mixed$", UNIT, re.MULTILINE)
 
 
 def test_the_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import itertools
+import os
 import signal
 import socket
 import struct
@@ -228,6 +229,9 @@ def test_a_decoder_that_dies_is_started_again(reader, made):
     data = made.png(made.grey())
     reader.decode(data, "window")
     worker = reader._idle.get()
+    assert os.getsid(worker._process.pid) != os.getsid(
+        0
+    )  # what a terminal sends to all of a command, Ctrl-C, does not reach it
     worker._process.kill()
     worker._process.wait()
     reader._idle.put(worker)
@@ -263,9 +267,12 @@ def test_a_decoder_that_takes_too_long_is_ended(made, monkeypatch):
     worker._process = films.start()
     worker._process.send_signal(signal.SIGSTOP)
     reader._idle.put(worker)
+    busy = [reader.busy()]
+    threading.Timer(0.1, lambda: busy.append(reader.busy())).start()
     with pytest.raises(UserError, match="took too long"):
         reader.decode(made.png(made.grey()), "window")
     reader.close()
+    assert [*busy, reader.busy()] == [0, 1, 0]
 
 
 def test_a_full_queue(serve, made):
