@@ -1,5 +1,6 @@
 """The engine: what it writes is what transformers and JAX write, in any company; and how requests come and go."""
 
+import functools
 import threading
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_texts_are_those_of_transformers_alone_and_in_company(kind, bundle, engi
     assert ours.stats()["tokens_total"] == sum(len(ids) for ids, _ in alone + found)
 
 
-def test_films_that_are_decoded_get_cores_of_their_own(bundle):
+def test_films_that_are_decoded_get_cores_of_their_own(bundle, monkeypatch):
     """The threads of a step are those that PyTorch has, without one for each film; one stays."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -58,9 +59,9 @@ def test_films_that_are_decoded_get_cores_of_their_own(bundle):
         used.append(torch.get_num_threads())
         return step(rows)
 
-    ours._model.step = counted
+    monkeypatch.setattr(ours._model, "step", counted)
     for others in (0, 1, 5, 0):
-        ours.others = lambda count=others: count
+        ours.others = functools.partial(int, others)
         written(ours.submit(Request(None, "heart?", 2)))
     ours.close()
     assert used == [3, 2, 1, 3] and torch.get_num_threads() == before

@@ -333,7 +333,12 @@ def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     decoder.main()
     assert called == [(), "codecs"]
-    monkeypatch.setattr(commands, "load", lambda *_: called.append("loaded") or engine)
+
+    def load(*_):
+        called.append("loaded")
+        return engine
+
+    monkeypatch.setattr(commands, "load", load)
     monkeypatch.setattr(batch, "read", lambda _: [])
     monkeypatch.setattr(batch, "run", lambda *_, **__: (0, 0))
     options = {option.name: option.default for option in commands.OPTIONS}
