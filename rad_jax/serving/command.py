@@ -86,6 +86,7 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
         UserError: they cannot be used together, or what they name cannot be used.
     """
     from rad_jax.serving import access, offline
+    from rad_jax.serving.audit import Audit
 
     set_environment()
     tokens = Path(options["tokens"]) if options["tokens"] else None
@@ -106,10 +107,15 @@ def run(bundle: str | None, options: dict[str, Any], batch: tuple[str, str] | No
         raise UserError("--certificate and --key belong together: give both.")
     known = access.read_tokens(tokens) if tokens else None
     access.check_bind(options["host"], known)
+    Audit(audit_file(options)).close()  # to see that it can be written, before minutes go into loading
     if batch:
         offline.forbid()
         return run_batch(bundle, batch, options)
     return serve(bundle, options, known)
+
+
+def audit_file(options: dict[str, Any]) -> Path | None:
+    return Path(options["audit"]) if options["audit"] else None
 
 
 def load(bundle: str, options: dict[str, Any]) -> Any:
@@ -124,14 +130,11 @@ def run_batch(bundle: str, batch: tuple[str, str], options: dict[str, Any]) -> i
     from rad_jax.serving.audit import Audit
 
     source, out = map(Path, batch)
-    path = Path(options["audit"]) if options["audit"] else None
-    # What cannot be read or written is said before minutes go into loading.
-    batches.read(source)
-    Audit(path).close()
+    batches.read(source)  # a list that cannot be used is refused before, too
     engine = load(bundle, options)
     info, wanted = engine.info, {name: options[name] for name in ("dicom", "max_new_tokens")}
     try:
-        audit = Audit(path, model=info.name, bundle=info.bundle_sha256, version=info.version)
+        audit = Audit(audit_file(options), model=info.name, bundle=info.bundle_sha256, version=info.version)
         done, bad = batches.run(engine, source, out, audit=audit, **wanted)
     finally:
         engine.close(drain=False)
@@ -146,7 +149,6 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
     offline.forbid((options["host"],))
     try:
         from rad_jax.serving import access, app
-        from rad_jax.serving.audit import Audit
     except ImportError as error:
         raise UserError(
             f"the server needs the package {error.name}: install requirements-serve.txt, or rad_jax[serve]."
@@ -161,10 +163,6 @@ def serve(bundle: str, options: dict[str, Any], tokens: dict[str, str] | None) -
     if certificate and key:
         app.check_certificate(certificate, key)
     app.check_port(options["host"], options["port"])
-    if options["audit"]:
-        Audit(Path(options["audit"])).close()  # to see that it can be written
-    settings = app.Settings(
-        tokens, Path(options["audit"]) if options["audit"] else None, options["dicom"], float(options["timeout"])
-    )
+    settings = app.Settings(tokens, audit_file(options), options["dicom"], float(options["timeout"]))
     made = app.create_app(load(bundle, options), settings)
     return app.serve(made, options["host"], options["port"], certificate=certificate, key=key)

@@ -16,7 +16,7 @@ from rad_jax.serving.bundle import check_files
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A loaded bundle: transformers' model (float32, on the CPU) and processor, and the contents of `receipt.json`."""
+    """A loaded bundle: transformers' model and processor, and the contents of `receipt.json`."""
 
     model: Any
     processor: Any
@@ -46,21 +46,21 @@ class Reference:
             states = tower(self._tensor(image), output_hidden_states=True).hidden_states
         config = self.model.config
         first = 1 if config.vision_feature_select_strategy == "default" else 0  # "default" drops the class token
-        return states[config.vision_feature_layer][0, first:].numpy()
+        return states[config.vision_feature_layer][0, first:].float().cpu().numpy()
 
     def logits(self, ids: list[int], image: np.ndarray) -> np.ndarray:
         """Logits float32 [S, V] of one row of ids, placeholders expanded."""
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.tensor([ids]), pixel_values=self._tensor(image))
-        return output.logits[0].float().numpy()
+            output = self.model(input_ids=self._ids(ids), pixel_values=self._tensor(image))
+        return output.logits[0].float().cpu().numpy()
 
     def greedy(self, ids: list[int], image: np.ndarray, max_new_tokens: int) -> list[int]:
         """Ids that `generate` adds to the prompt with the bundle's own settings, the end of sequence included."""
         import torch
 
-        tokens = torch.tensor([ids])
+        tokens = self._ids(ids)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=tokens,
@@ -88,7 +88,7 @@ class Reference:
         hooks = [module.register_forward_hook(hook(name)) for name, module in named]
         try:
             with torch.inference_mode():
-                self.model(input_ids=torch.tensor([self.prompt(image, indication)]), pixel_values=self._tensor(image))
+                self.model(input_ids=self._ids(self.prompt(image, indication)), pixel_values=self._tensor(image))
         finally:
             for handle in hooks:
                 handle.remove()
@@ -104,7 +104,13 @@ class Reference:
 
         way = self.processor.image_processor
         pixels = normalise(image, np, way.image_mean, way.image_std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
+        chw = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
+        return chw.to(self.model.device, self.model.dtype)
+
+    def _ids(self, ids: list[int]) -> Any:
+        import torch
+
+        return torch.tensor([ids], device=self.model.device)
 
     def _processed(self, image: np.ndarray, text: str) -> Any:
         from PIL import Image
@@ -112,8 +118,12 @@ class Reference:
         return self.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
 
 
-def load(bundle: Path) -> Reference:
+def load(bundle: Path, dtype: str = "float32", device: str = "cpu") -> Reference:
     """Loads a bundle after checking its files, and refuses one that transformers does not fill completely.
+
+    Args:
+        bundle: folder that `launch.export --format=hf` made.
+        dtype, device: PyTorch's names of what is computed in and where.
 
     Raises:
         UserError: not a bundle, another format version, a file that is missing or changed, or a tensor that is missing, unexpected or
@@ -126,7 +136,11 @@ def load(bundle: Path) -> Reference:
     utils.logging.disable_progress_bar()
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
-            bundle, dtype=torch.float32, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+            bundle,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # safetensors and transformers raise many kinds on a damaged folder
         raise UserError(f"{bundle}: PyTorch cannot load this bundle ({str(error).splitlines()[0]}).") from error
@@ -135,7 +149,7 @@ def load(bundle: Path) -> Reference:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, bundle / "adapter").merge_and_unload()
-    return Reference(model.eval(), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
+    return Reference(model.eval().to(device), AutoProcessor.from_pretrained(bundle, local_files_only=True), record)
 
 
 def refuse_unfilled(bundle: Path, info: Mapping[str, Any]) -> None:

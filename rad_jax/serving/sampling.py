@@ -15,9 +15,8 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """A token of logits float32 [V]."""
         below = logits.astype(np.float64) - logits.max()
-        with np.errstate(
-            over="ignore"
-        ):  # the largest is 0 at any temperature, however small, and the others at worst minus infinity
+        # The largest is 0 at any temperature, however small, and the others at worst minus infinity.
+        with np.errstate(over="ignore"):
             weights = np.exp(below / self._temperature)
         if self._top_p < 1:
             order = np.argsort(-weights, kind="stable")

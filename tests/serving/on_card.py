@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from rad_jax.prompts import IMAGE_ID, question
 from rad_jax.serving import bundle as bundles
-from rad_jax.serving import loading, plan, text
+from rad_jax.serving import loading, plan, reference, text
 from rad_jax.serving.model import Model, Prompt, Row
 from rad_jax.serving.plan import CARDS, GIB, Plan
 
+REASON = "cough and fever"
 KINDS = (None, "int8", "nf4")
 
 
@@ -123,8 +123,13 @@ def numbers(bundle: bundles.Bundle, card: plan.Card) -> None:
     tokenizer, _ = loading.open_tokenizer(bundle)
     side = bundle.tower.image_size
     film = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
-    ids = text.prompt(tokenizer, question("cough and fever"), True)
-    expected = theirs(bundle, ids, film, torch.float32, card.kind)
+
+    def theirs(dtype: str) -> torch.Tensor:
+        model = reference.load(bundle.folder, dtype, card.kind)
+        return torch.from_numpy(model.logits(model.prompt(film, REASON), film)[-1])
+
+    expected = theirs("float32")
+    free()
     usable = torch.isfinite(expected)
     usable[list(bundle.suppressed)] = False
 
@@ -136,35 +141,14 @@ def numbers(bundle: bundles.Bundle, card: plan.Card) -> None:
             flush=True,
         )
 
-    tell("transformers, float16", theirs(bundle, ids, film, torch.float16, card.kind))
+    tell("transformers, float16", theirs("float16"))
+    free()
+    ids = text.prompt(tokenizer, question(REASON), True)
     for dtype, kind in (("float32", None), ("float16", None), ("float16", "int8"), ("float16", "nf4")):
         model = loading.build(bundle, plan.plan(bundle, card, dtype, kind, 1), print)
         tell(f"ours, {kind or dtype}", model.prefill([Prompt(ids, film, False)], 0)[0][0].cpu())
         del model
         free()
-
-
-def theirs(bundle: bundles.Bundle, ids: list[int], film: np.ndarray, dtype: Any, device: str) -> torch.Tensor:
-    """transformers' logits float32 [V] after the same prompt."""
-    from transformers import LlavaForConditionalGeneration
-
-    from rad_jax.images import normalise
-
-    model = LlavaForConditionalGeneration.from_pretrained(bundle.folder, dtype=dtype, local_files_only=True).to(device)
-    image = (
-        model.config.image_token_index if hasattr(model.config, "image_token_index") else model.config.image_token_id
-    )
-    spread = [token for one in ids for token in ([image] * bundle.tower.patches if one == IMAGE_ID else [one])]
-    pixels = normalise(film[None], np, bundle.tower.mean, bundle.tower.std).transpose(0, 3, 1, 2)
-    logits = model(
-        input_ids=torch.tensor([spread], device=device),
-        pixel_values=torch.from_numpy(np.ascontiguousarray(pixels)).to(device, dtype),
-        logits_to_keep=1,
-    ).logits[0, -1]
-    found = logits.float().cpu()
-    del model, logits
-    free()
-    return found
 
 
 def main() -> int:

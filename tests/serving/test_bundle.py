@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 
 from rad_jax.errors import UserError
-from rad_jax.serving import loading
+from rad_jax.serving import loading, plan
 from rad_jax.serving.bundle import read
+from tests.serving import on_card
+
+WEIGHTS = ("float32", "float16", "int8", "nf4")
 
 
 @pytest.fixture
@@ -125,6 +129,15 @@ def test_loading_leaves_no_thread(bundle):
 
     with pytest.raises(UserError, match="too little"):
         loading.alone(fail)
+
+
+def test_numbers_that_are_told_of_a_card(bundle, capsys):
+    """On a CPU: beside transformers in float32 ours are off by rounding alone, and the coarser the weights, the more."""
+    on_card.numbers(read(bundle("wide")[1]), plan.this_cpu())
+    told = dict(re.findall(r"^(.+): logits off by (\S+) of their spread", capsys.readouterr().out, re.MULTILINE))
+    theirs, *ours = (float(told[name]) for name in ("transformers, float16", *(f"ours, {kind}" for kind in WEIGHTS)))
+    assert ours[0] < 1e-5 < ours[1] < ours[2] < ours[3]  # float32 has 24 bits, of which sums take a few
+    assert ours[1] < 2 * theirs
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])

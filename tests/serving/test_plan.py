@@ -90,6 +90,17 @@ def test_smaller_weights_fit_where_float16_does_not(weights, real):
     assert found.slots >= 1 and found.total <= card.free
 
 
+def test_what_graphs_and_a_newer_card_take_beside(real):
+    """Of NF4's rows on the way there are two sets on a card, one in the pool of its graphs, and none on a card for the others."""
+    old, new = (Card("a card", "cuda", 80 * GIB, capability) for capability in ((8, 9), (9, 0)))
+    for weights, rows in ((None, 0), ("int8", 0), ("nf4", 2048 * 11008 * (2 + 2))):
+        before, after = (plan(real, card, "float16", weights, slots=1) for card in (old, new))
+        assert after.total - before.total == 4 * 32 * 2**20
+        whole = 0 if weights is None else 2 * 11008 * 4096 * 2
+        assert before.scratch_bytes == after.scratch_bytes == whole + 2 * rows
+        assert plan(real, Card("a CPU", "cpu", 80 * GIB), "float16", weights, slots=1).scratch_bytes == whole + rows
+
+
 def test_too_many_slots_are_refused_with_the_number_that_fits(real):
     with pytest.raises(UserError, match=r"4 slots .* use --slots=2"):
         plan(real, CARDS["V100-16GB"], "float16", slots=4)

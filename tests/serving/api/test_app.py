@@ -351,6 +351,11 @@ def test_decoders_a_batch_and_what_loads_a_bundle_are_offline_too(monkeypatch):
     assert called[4:] == [(("127.0.0.1",),), "loaded", "served"]
 
 
+def test_the_engine_hears_of_films_that_are_decoded(plain):
+    service = plain.app.state.service
+    assert service.engine.others == service.films.busy and service.engine.others() == 0
+
+
 def test_a_crash_tells_its_place_and_no_value(plain, made, capsys):
     plain.model.broken = True
     body = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}

@@ -15,6 +15,7 @@ import pytest
 
 from rad_jax.errors import UserError
 from rad_jax.serving import audit, batch
+from rad_jax.serving.films import Films
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,6 +69,7 @@ def test_bad_rows_are_listed_and_tried_again(scripted, films, made):
     assert [row["id"] for row in lines(films / "out.jsonl")] == ["a", "e"]
     bad = {row["id"]: row["error"] for row in lines(films / "out.bad.jsonl")}
     assert bad.keys() == set("bcdf")
+    assert isinstance(engine.others.__self__, Films) and engine.others() == 0  # all are done
     assert "damaged" in bad["b"] and "No such file" in bad["c"] and "1000 characters" in bad["f"]
     assert (films / "out.bad.jsonl").stat().st_mode & 0o777 == 0o600  # ids and names of files may name patients
     with pytest.raises(UserError, match="other"):
@@ -190,6 +192,7 @@ sys.modules["scripted"] = scripted
 spec.loader.exec_module(scripted)
 from rad_jax.prompts import load_tokenizer
 from rad_jax.serving import audit, batch
+from rad_jax.serving.films import Films
 from rad_jax.serving.engine import Engine
 tokenizer, source, out = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
