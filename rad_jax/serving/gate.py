@@ -50,11 +50,15 @@ class BodyGate:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(announced) if announced.isdigit() else 0
         if refusal := self.refusal(size, size):
-            return await error_response(refusal)(scope, receive, send)
+            return await error_response(refusal)(scope, receive, _lingering(send))
         body = _Body(self, receive)
+
+        async def answer(message: Message) -> None:
+            await (_lingering(send) if body.refused else send)(message)
+
         body.hold(size)
         try:
-            await self.app(scope, body.receive, send)
+            await self.app(scope, body.receive, answer)
         finally:
             self.held -= body.size
 
@@ -67,12 +71,26 @@ class BodyGate:
         return None
 
 
+def _lingering(send: Send) -> Send:
+    """Waits between an answer and its end, at which the connection is closed, because nobody reads the rest of the request: a client that is
+    still sending finds the answer whole before it finds that."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            await send({**message, "more_body": True})
+            await asyncio.sleep(limits.LINGER_SECONDS)
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    return sent
+
+
 class _Body:
     """One request's body: counts it, and gives it `BODY_SECONDS`."""
 
     def __init__(self, gate: BodyGate, receive: Receive):
         self.size, self._gate, self._receive = 0, gate, receive
-        self._arrived, self._whole = 0, False
+        self._arrived, self._whole, self.refused = 0, False, False
         self._deadline = asyncio.get_running_loop().time() + limits.BODY_SECONDS
 
     def hold(self, size: int) -> None:
@@ -92,6 +110,7 @@ class _Body:
         more = self._arrived - self.size  # sent in chunks, without its length
         if more > 0:
             if refusal := self._gate.refusal(self._arrived, more):
+                self.refused = True
                 raise refusal
             self.hold(more)
         return message
